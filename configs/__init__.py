@@ -1,0 +1,1 @@
+"""Values only: one YAML per stage and size, and the pipelines."""

@@ -1,0 +1,1 @@
+"""Floor 1: audio and text in, planned batches out; scoring."""

@@ -1,0 +1,67 @@
+"""Sets of audio as a stage's config names them, turned into planned batches for training and for validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .augment import AugmentConfig
+from .batches import PlannedBatches
+from .index import Corpus
+from .loader import AudioDataset
+from .plan import Plan, PlanConfig
+
+
+@dataclass
+class AudioDataConfig:
+    """Folders of shards (`seedling prepare`), and the limits of their micro-batches."""
+
+    train: list[str] = field(default_factory=list)
+    valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
+    limits: PlanConfig = field(default_factory=PlanConfig)  # max_seconds comes from train.micro_batch_seconds
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def training(
+        self, *, micro_batch_seconds: float, micro_batches: int, seed: int, sample_rate: int, require_text: bool
+    ) -> PlannedBatches:
+        """Return the shuffled, augmented training set in steps of `micro_batches`."""
+        if not self.train:
+            raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
+        corpus = Corpus.open(self.train)
+        stretch = self.augment.max_stretch
+        limits = replace(self.limits, max_seconds=micro_batch_seconds, stretch=stretch)
+        dataset = AudioDataset(
+            corpus, augment=self.augment, seed=seed, sample_rate=sample_rate, require_text=require_text
+        )
+        return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
+
+    def validation(
+        self, *, micro_batch_seconds: float, micro_batches: int, sample_rate: int, require_text: bool
+    ) -> dict[str, PlannedBatches]:
+        """Return each validation set in a fixed order, without augmentation."""
+        return {
+            name: heldout(
+                folder,
+                self.limits,
+                micro_batch_seconds=micro_batch_seconds,
+                micro_batches=micro_batches,
+                sample_rate=sample_rate,
+                require_text=require_text,
+            )
+            for name, folder in self.valid.items()
+        }
+
+
+def heldout(
+    folders: str | list[str],
+    limits: PlanConfig,
+    *,
+    micro_batch_seconds: float,
+    micro_batches: int,
+    sample_rate: int,
+    require_text: bool = True,
+) -> PlannedBatches:
+    """Return one pass over shards in a fixed order, without augmentation."""
+    corpus = Corpus.open(folders)
+    plain = replace(limits, max_seconds=micro_batch_seconds, stretch=1.0, shuffle=False)
+    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text)
+    return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)

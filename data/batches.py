@@ -1,0 +1,62 @@
+"""Planned batches: what a stage's `batches` returns, for audio and for text, and the torch DataLoader that reads them.
+
+The plan says what is in a micro-batch, the dataset reads it: `dataset[micro_batch] -> batch`, a pure function, so the
+number of workers changes the speed and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from .plan import MicroBatch, Plan
+
+
+class BadUtterance(NamedTuple):
+    """An utterance that could not be used, and why; `shard` is the path of its tar or text file."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
+
+
+@dataclass
+class PlannedBatches:
+    """A plan and the dataset that reads its micro-batches."""
+
+    plan: Plan
+    dataset: Dataset
+
+
+def make_loader(
+    batches: PlannedBatches,
+    micro_batch_iterator: Iterable[MicroBatch],
+    *,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Read the micro-batches in the order given; each worker prepares up to `prefetch` of them ahead.
+
+    The iterator runs in this process, num_workers x prefetch micro-batches ahead of what was delivered: the cursor to
+    save is that of the last step trained on, not of the last one that the iterator gave out.
+    """
+    return DataLoader(
+        batches.dataset,
+        sampler=micro_batch_iterator,
+        batch_size=None,  # an element of the sampler is a whole micro-batch
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,168 @@
+"""The loader: a map-style dataset from a planned micro-batch to padded waveforms.
+
+`dataset[micro_batch]` is a pure function of the shards, the seed and the micro-batch, so any number of workers delivers
+the same. Audio is read by byte offset from the tar. What cannot be used is named in `batch.bad`, never fatal here: the
+run decides how many are too many. Shape letters: B utterances, N samples of the longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .audio import read_audio
+from .augment import Augment, AugmentConfig, KeyedRandom
+from .batches import BadUtterance
+from .index import Corpus, parse_meta
+from .payload import PayloadReader
+from .plan import MicroBatch
+
+# The key of the second of silence that stands in where a micro-batch has no usable utterance at all.
+STAND_IN_KEY = ""
+
+
+@dataclass
+class AudioBatch:
+    """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64)."""
+
+    keys: list[str]
+    waveforms_BN: Tensor
+    lengths_B: Tensor
+    texts: list[str]
+    meta: list[dict]
+    index: int
+    epoch: int
+    sample_rate: int = 16000
+    bad: list[BadUtterance] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def seconds(self) -> float:
+        """Audio without padding."""
+        return int(self.lengths_B.sum()) / self.sample_rate
+
+    @property
+    def padding(self) -> float:
+        """The fraction of the samples that is padding."""
+        return 1 - int(self.lengths_B.sum()) / self.waveforms_BN.numel()
+
+    def to(self, device: torch.device | str) -> AudioBatch:
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("waveforms_BN", "lengths_B")}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> AudioBatch:
+        return replace(self, waveforms_BN=self.waveforms_BN.pin_memory(), lengths_B=self.lengths_B.pin_memory())
+
+
+class AudioDataset(Dataset):
+    """Reads, decodes, resamples and augments the utterances of a micro-batch.
+
+    `require_text` makes an utterance without text a bad one: for training on transcripts.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        sample_rate: int = 16000,
+        require_text: bool = False,
+    ):
+        self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
+        self.reader = PayloadReader()
+        self.augment = None
+        if augment is not None:
+            noise = None
+            if augment.noise_probability:
+                noise = CorpusNoise(Corpus.open(list(augment.noise_data)), sample_rate=sample_rate)
+            self.augment = Augment(augment, seed=seed, noise=noise)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
+        keys, waveforms, texts, metas, bad = [], [], [], [], []
+        for shard, row in micro_batch.utterances:
+            path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
+            key = utterance_key(at)
+            try:
+                waveform, meta = read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)
+                text = meta.get("text") or ""
+                if not isinstance(text, str):
+                    raise ValueError(f"its text is a {type(text).__name__}, not a string")
+                if self.require_text and not text.strip():
+                    raise ValueError("its text is empty")
+                if self.augment:
+                    waveform = self.augment(waveform, epoch=micro_batch.epoch, key=key)
+            except (ValueError, OSError) as error:
+                bad.append(BadUtterance(str(path), key, str(error)))
+                continue
+            keys.append(key)
+            waveforms.append(waveform)
+            texts.append(text)
+            metas.append(meta)
+        if not keys:
+            # A rank without a forward pass would hang the others; silence without text is a valid one.
+            keys, waveforms, texts, metas = [STAND_IN_KEY], [np.zeros(self.sample_rate, np.float32)], [""], [{}]
+        waveforms_BN, lengths_B = pad_waveforms(waveforms)
+        return AudioBatch(
+            keys, waveforms_BN, lengths_B, texts, metas, micro_batch.index, micro_batch.epoch, self.sample_rate, bad
+        )
+
+
+def pad_waveforms(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Return waveforms_BN, zero padded, and lengths_B."""
+    lengths_B = torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.int64)
+    waveforms_BN = torch.empty(len(waveforms), int(lengths_B.max()))
+    for padded_N, waveform in zip(waveforms_BN, waveforms):  # each sample is written once: 25 % less than over zeros
+        padded_N[: len(waveform)] = torch.from_numpy(waveform)
+        padded_N[len(waveform) :] = 0
+    return waveforms_BN, lengths_B
+
+
+def utterance_key(at: np.void) -> str:
+    return bytes(at["key"]).decode("utf-8", errors="replace")
+
+
+def read_utterance(path: Path, at: np.void, *, reader: PayloadReader, sample_rate: int) -> tuple[np.ndarray, dict]:
+    """Return waveform [N] at `sample_rate` and meta of index row `at` of shard `path`.
+
+    Raises ValueError or OSError with the reason. Audio that is not as long as the index says is an error: the plan and
+    its memory rest on the index.
+    """
+    meta = {}
+    if at["meta_size"]:
+        payload = reader.read(path, offset=int(at["meta_offset"]), size=int(at["meta_size"]))
+        try:
+            meta = parse_meta(payload, is_json=bool(at["meta_json"]))
+        except ValueError as error:
+            raise ValueError(f"its meta cannot be read ({error})") from error
+    audio = reader.read(path, offset=int(at["audio_offset"]), size=int(at["audio_size"]))
+    waveform = read_audio(audio, sample_rate=sample_rate, name="its audio")
+    seconds, planned = len(waveform) / sample_rate, int(at["samples"]) / int(at["sample_rate"])
+    if abs(seconds - planned) > 0.01:
+        raise ValueError(f"its audio has {seconds:.2f} s, the index says {planned:.2f} s; run `seedling index` again")
+    return waveform, meta
+
+
+class CorpusNoise:
+    """Noise from a corpus of shards: any utterance of it, drawn by the random numbers that are passed in."""
+
+    def __init__(self, corpus: Corpus, *, sample_rate: int):
+        self.corpus, self.sample_rate, self.reader = corpus, sample_rate, PayloadReader()
+        self.ends = np.cumsum([len(corpus.index(shard)) for shard in range(len(corpus.shards))])
+
+    def __call__(self, random: KeyedRandom) -> np.ndarray:
+        number = random.below(int(self.ends[-1]))
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        row = number - int(self.ends[shard - 1] if shard else 0)
+        path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
+        try:
+            return read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)[0]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"noise {path}: {utterance_key(at)}: {error}") from error

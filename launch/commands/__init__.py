@@ -1,0 +1,1 @@
+"""The commands by family; every module has `add_commands(subparsers)` and imports what a command needs inside it."""

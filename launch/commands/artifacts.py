@@ -1,0 +1,154 @@
+"""Commands about a finished artifact: evaluate it on a corpus, transcribe files with it, inspect it."""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FILES_AT_ONCE = 8
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add the parsers of this family."""
+    evaluate_ = commands.add_parser("evaluate", help="decode a prepared corpus, score it and write a report")
+    evaluate_.add_argument("artifact")
+    evaluate_.add_argument("--data", required=True, metavar="DIR", help="folder of shards")
+    evaluate_.add_argument("--out", required=True, metavar="DIR", help="the results go to DIR/artifact")
+    evaluate_.add_argument("--config", metavar="F", help="a YAML of the stage evaluate")
+    evaluate_.add_argument("--nproc", type=int, default=1)
+    evaluate_.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate_.set_defaults(action=evaluate)
+
+    transcribe_ = commands.add_parser("transcribe", help="print the transcript of audio files, one line each")
+    transcribe_.add_argument("artifact")
+    transcribe_.add_argument("files", nargs="+", help="wav, flac, ogg or mp3 of any rate; patterns such as 'a/*.wav'")
+    transcribe_.add_argument("--context", help="words that may occur, such as a list of names")
+    transcribe_.add_argument("--beam-size", type=int, default=1, help="1 (default) is greedy")
+    transcribe_.add_argument("--limit", type=int, help="the first N files only")
+    transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
+    transcribe_.set_defaults(action=transcribe)
+
+    inspect_ = commands.add_parser("inspect", help="print an artifact's manifest, lineage and parameter counts")
+    inspect_.add_argument("artifact")
+    inspect_.set_defaults(action=inspect)
+
+
+def artifact_folder(path: str) -> Path:
+    """Return the artifact that a user means: the folder itself, or `artifact/` in the folder of a run."""
+    folder = Path(path)
+    inside = folder / "artifact"
+    return inside if not (folder / "manifest.json").is_file() and (inside / "manifest.json").is_file() else folder
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run the stage evaluate on an artifact and print its metrics."""
+    from ...stages.runtime.artifacts import load_artifact
+    from ..pipeline import shown
+    from ..pipeline_config import yaml_argument
+    from .stages import run_on
+
+    given = {
+        "run_dir": arguments.out,
+        "inputs.acllm": str(artifact_folder(arguments.artifact)),
+        "data": arguments.data,
+    }
+    overrides = [f"{key}={yaml_argument(value)}" for key, value in given.items()]
+    code = run_on("evaluate", arguments.config, overrides=[*overrides, *arguments.overrides], nproc=arguments.nproc)
+    if code == 0:
+        result = load_artifact(Path(arguments.out) / "artifact", verify=False)
+        for name, value in result.metrics.items():
+            print(f"{name}\t{shown(name, value)}")
+        print(f"report: {result.path}")
+    return code
+
+
+def transcribe(arguments: argparse.Namespace) -> int:
+    """Print one line per file; a file that cannot be read is one line on stderr, and 1 at the end."""
+    from ...stages.transcribe import load
+
+    recogniser = load(artifact_folder(arguments.artifact))
+    failed = 0
+    for files in _in_groups(expand(arguments.files)[: arguments.limit]):
+        readable = list(_read(files, sample_rate=recogniser.sample_rate))
+        failed += len(files) - len(readable)
+        waveforms = [waveform for _, waveform in readable]
+        hypotheses = (
+            recogniser.transcribe(waveforms, arguments.context, beam_size=arguments.beam_size) if readable else []
+        )
+        for (file, _), hypothesis in zip(readable, hypotheses, strict=True):
+            print(_line(file, hypothesis, as_json=arguments.json), flush=True)
+    return 1 if failed else 0
+
+
+def expand(files: Sequence[str]) -> list[str]:
+    """Replace patterns by the files that match them; what matches nothing stays, to be named as unreadable."""
+    expanded: list[str] = []
+    for file in files:
+        matches = sorted(glob.glob(file, recursive=True)) if glob.has_magic(file) and not Path(file).exists() else []
+        expanded += matches or [file]
+    return expanded
+
+
+def _in_groups(files: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(files), FILES_AT_ONCE):
+        yield files[start : start + FILES_AT_ONCE]
+
+
+def _read(files: Sequence[str], *, sample_rate: int) -> Iterator[tuple[str, Any]]:
+    """Yield (file, waveform_N) of the readable ones and name the others."""
+    from ...data.audio import AudioError, read_audio
+    from ..errors import one_line
+
+    for file in files:
+        try:
+            yield file, read_audio(file, sample_rate=sample_rate)
+        except (AudioError, OSError) as error:
+            text = one_line(error)
+            print(f"seedling: {text if file in text else f'{file}: {text}'}", file=sys.stderr)
+
+
+def _line(file: str, hypothesis: Any, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"file": file, "text": hypothesis.text, "score": hypothesis.score}, ensure_ascii=False)
+    return f"{file}\t{hypothesis.text}"
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print what an artifact is, what it was made from, and what is in it."""
+    from ...stages.runtime.artifacts import lineage, load_artifact
+    from ...stages.runtime.config import yaml_scalar
+
+    folder = artifact_folder(arguments.artifact)
+    manifest = load_artifact(folder).manifest
+    print(f"{folder}: {manifest['kind']} of stage {manifest['stage']}, seedling {manifest['version']}, hashes verified")
+    for title in ("metrics", "facts"):
+        for name, value in manifest.get(title, {}).items():
+            print(f"{title[:-1] if title == 'facts' else 'metric'}  {name}: {yaml_scalar(value)}")
+    for name, count in parameters_by_part(folder).items():
+        print(f"parameters  {name}: {count:,}")
+    for file, described in manifest["files"].items():
+        print(f"file  {file}: {yaml_scalar(described)}")
+    for ancestor in lineage(folder):
+        made_by = f" of stage {ancestor.stage}" if ancestor.stage else ""
+        problem = f"  ({ancestor.problem})" if ancestor.problem else ""
+        label = f"{ancestor.name}: " if ancestor.name else ""
+        print(f"lineage  {'  ' * ancestor.depth}{label}{ancestor.path} ({ancestor.kind}{made_by}){problem}")
+
+
+def parameters_by_part(folder: Path) -> dict[str, int]:
+    """Count the numbers in an artifact's safetensors by top-level module, from their headers alone."""
+    from safetensors import safe_open
+
+    counts: dict[str, int] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict: it cannot be iterated over
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                part = name.partition(".")[0]
+                counts[part] = counts.get(part, 0) + size
+    return counts | {"total": sum(counts.values())} if counts else {}

@@ -1,0 +1,314 @@
+"""The audio-conditioned LLM: speech embeddings in the prompt of a causal LM, which writes the transcript.
+
+Training pads on the right: padding then lies behind every real position, where a causal LM cannot look, so that
+attention covers exactly the valid prompt without a mask and may use the fastest kernel. The loss is taken on transcript
+and end token only, and the vocabulary head runs on those positions alone.
+
+The LLM may be stored in bfloat16 beside a float32 encoder; speech embeddings are cast to the LLM's type. Parameters are
+named encoder.*, converter.*, ctc_head.* and llm.* (adapters within it contain `lora_`): stages pick by these names what
+they train. An LLM without any trained parameter runs in evaluation mode, so its dropout is off.
+
+Shape letters: B utterances, N samples or target positions, T encoder frames or LLM positions, D encoder width, S speech
+positions, L LLM width, V vocabulary.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .audio_llm_config import AudioLLMConfig
+from .augment import SpecAugment, SpecAugmentConfig
+from .conformer import ConformerConfig, ConformerEncoder
+from .converter import Converter, ConverterConfig
+from .ctc import CTCHead, CTCLoss, ctc_loss_sum
+from .decoding import DecodeConfig, Hypothesis, LLMScorer, decode
+from .features import Fbank, FeatureConfig
+from .llm import fresh_llm, has_lora, logits_at, merge_lora
+from .processor import AudioLLMProcessor
+from .prompt import PromptConfig, PromptTokens, lay_out, place_speech
+
+
+class SpeechOutput(NamedTuple):
+    """Speech as the LLM sees it, and the encoder's output that it came from."""
+
+    speech_BSL: Tensor
+    lengths_B: Tensor
+    encoder_BTD: Tensor
+    encoder_lengths_B: Tensor
+
+
+class AudioLLMOutput(NamedTuple):
+    """Sums and counts over the batch; the trainer alone divides. Target positions run utterance by utterance."""
+
+    loss_sum: Tensor  # cross-entropy of transcript and end tokens, nats, float32
+    count: int  # target tokens, end tokens included
+    nll_N: Tensor  # -log p of each target token
+    rows_N: Tensor  # the utterance that a target belongs to
+    correct: Tensor  # targets that have the highest logit
+    ctc: CTCLoss | None
+    logits_NV: Tensor | None
+
+
+class AudioLLM(PreTrainedModel):
+    """Fbank, SpecAugment, encoder, converter, LLM, and optionally a CTC head on the encoder."""
+
+    config_class = AudioLLMConfig
+    base_model_prefix = ""
+    main_input_name = "waveforms"
+    input_modalities = ("audio", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: AudioLLMConfig, *, parts: dict[str, nn.Module] | None = None):
+        """Build every part from the config, but for those given in `parts` under their attribute's name."""
+        super().__init__(config)
+        parts = parts or {}
+        self.fbank = parts.get("fbank") or Fbank(FeatureConfig(**config.feature_config))
+        self.specaugment = SpecAugment(SpecAugmentConfig(**config.specaugment_config))
+        self.encoder = parts.get("encoder") or ConformerEncoder(ConformerConfig(**config.audio_config))
+        self.llm = parts.get("llm") or fresh_llm(config.text_config)
+        encoder_dim, llm_dim = self.encoder.cfg.dim, self.llm.get_input_embeddings().embedding_dim
+        self.converter = parts.get("converter") or Converter(
+            ConverterConfig(**config.converter_config), encoder_dim=encoder_dim, llm_dim=llm_dim
+        )
+        self.ctc_head = parts.get("ctc_head")
+        if self.ctc_head is None and config.ctc_vocab_size:
+            self.ctc_head = CTCHead(encoder_dim, config.ctc_vocab_size)
+        self.prompt_tokens = PromptTokens(**config.prompt_tokens)
+        self.processor: AudioLLMProcessor | None = None
+        if config.acoustic_dtype == "float32":
+            # Or loading would round them to the LLM's type, of which the config says `dtype`.
+            self._keep_in_fp32_modules_strict = {"fbank", "encoder", "converter", "ctc_head"}
+        self.post_init()
+
+    @classmethod
+    def assemble(
+        cls,
+        *,
+        encoder: ConformerEncoder,
+        llm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fbank: Fbank | None = None,
+        converter: ConverterConfig | Converter | None = None,
+        specaugment: SpecAugmentConfig | None = None,
+        prompts: PromptConfig | None = None,
+        ctc: bool = False,
+    ) -> "AudioLLM":
+        """Join trained or fresh parts. The modules are taken over as they are, not copied."""
+        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds {llm.get_input_embeddings().num_embeddings}: "
+                "they are not from the same model folder"
+            )
+        fbank, prompts = fbank or Fbank(FeatureConfig()), prompts or PromptConfig()
+        made = {"fbank": fbank, "encoder": encoder, "llm": llm}
+        converter = converter or ConverterConfig()
+        if isinstance(converter, Converter):
+            made["converter"], converter = converter, ConverterConfig(stride=converter.stride)
+        config = AudioLLMConfig(
+            text_config=llm.config,
+            feature_config=asdict(fbank.cfg),
+            audio_config=asdict(encoder.cfg),
+            converter_config=asdict(converter),
+            specaugment_config=asdict(specaugment or SpecAugmentConfig()),
+            prompts=asdict(prompts),
+            prompt_tokens=asdict(PromptTokens.of(prompts, tokenizer=tokenizer)),
+            ctc_vocab_size=len(tokenizer) if ctc else 0,
+        )
+        model = cls(config, parts=made)
+        model.processor = AudioLLMProcessor(tokenizer, sample_rate=fbank.cfg.sample_rate, prompts=prompts)
+        return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The LLM's type: nearly all the weights, and what `save_pretrained` notes as the model's."""
+        return self.llm.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part initialises itself when it is built; nothing may be drawn anew when parts are joined."""
+
+    def init_weights(self) -> None:
+        """Tie what the LLM ties, and leave all values alone: some parts come trained."""
+        self.tie_weights(recompute_mapping=False)
+
+    def train(self, mode: bool = True) -> "AudioLLM":
+        super().train(mode)
+        self.llm.train(mode and self._llm_learns())
+        return self
+
+    def _llm_learns(self) -> bool:
+        return any(p.requires_grad for p in self.llm.parameters())
+
+    # ---- from sound to prompt
+
+    def encode_speech(self, waveforms_BN: Tensor, lengths_B: Tensor) -> SpeechOutput:
+        """Return speech embeddings in the LLM's type, for waveforms in [-1, 1] and their lengths in samples."""
+        features_BTF, frames_B = self.fbank(waveforms_BN, lengths_B)
+        features_BTF = self.specaugment(features_BTF, frames_B)
+        acoustic_dtype = next(self.encoder.parameters()).dtype
+        encoder_BTD, encoder_lengths_B = self.encoder(features_BTF.to(acoustic_dtype), frames_B)
+        speech_BSL, lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
+        return SpeechOutput(speech_BSL.to(self.llm.dtype), lengths_B, encoder_BTD, encoder_lengths_B)
+
+    def build_prompt(self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None = None) -> list[Tensor]:
+        """Return each utterance's prefix_PL, the embeddings of [instruction | context | speech], for decoding."""
+        empty = [[] for _ in speech.lengths_B]
+        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=empty)
+        return [prefix_TL[:length] for prefix_TL, length in zip(embeddings_BTL, lengths)]
+
+    def _embed(
+        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, *, transcripts_ids: list[list[int]]
+    ) -> tuple[Tensor, list[int]]:
+        """Return embeddings_BTL, padded on the right, and the lengths."""
+        tokens, speech_lengths = self.prompt_tokens, speech.lengths_B.tolist()
+        contexts_ids = contexts_ids or [None] * len(speech_lengths)
+        if not len(contexts_ids) == len(transcripts_ids) == len(speech_lengths):
+            raise ValueError(
+                f"{len(speech_lengths)} utterances need as many transcripts and contexts, "
+                f"found {len(transcripts_ids)} and {len(contexts_ids)}"
+            )
+        layout = lay_out(
+            [tokens.before_speech(context) for context in contexts_ids],
+            speech_lengths,
+            [tokens.after + transcript for transcript in transcripts_ids],
+            device=speech.speech_BSL.device,
+        )
+        tokens_BTL = self.llm.get_input_embeddings()(layout.token_ids_BT)
+        embeddings_BTL = place_speech(
+            tokens_BTL, speech.speech_BSL, starts_B=layout.speech_starts_B, speech_lengths_B=speech.lengths_B
+        )
+        return embeddings_BTL, layout.lengths
+
+    # ---- training
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        transcripts_ids: list[list[int]],
+        contexts_ids: list[list[int] | None] | None = None,
+        *,
+        return_logits: bool = False,
+    ) -> AudioLLMOutput:
+        """Return the losses of a batch: waveforms_BN and lengths_B in samples, token ids without start or end tokens."""
+        if self.training and self.llm.training != self._llm_learns():
+            self.train()  # what is trained was chosen after the mode was
+        speech = self.encode_speech(waveforms, lengths)
+        logits_NV, targets_N, rows_N = self._target_logits(speech, contexts_ids, transcripts_ids)
+        nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        return AudioLLMOutput(
+            loss_sum=nll_N.sum(),
+            count=len(targets_N),
+            nll_N=nll_N,
+            rows_N=rows_N,
+            correct=(logits_NV.detach().argmax(-1) == targets_N).sum(),
+            ctc=self._ctc_loss(speech, transcripts_ids),
+            logits_NV=logits_NV if return_logits else None,
+        )
+
+    def _target_logits(
+        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, transcripts_ids: list[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=transcripts_ids)
+        rows, columns, targets = [], [], []
+        for row, (length, transcript) in enumerate(zip(lengths, transcripts_ids)):
+            # A token is predicted one position before it stands; the end token at the last position of all.
+            rows += [row] * (len(transcript) + 1)
+            columns += range(length - len(transcript) - 1, length)
+            targets += [*transcript, self.prompt_tokens.end]
+        rows_N, columns_N, targets_N = torch.tensor([rows, columns, targets], device=embeddings_BTL.device)
+        logits_NV, _ = logits_at(self.llm, embeddings_BTL, rows_N=rows_N, columns_N=columns_N, use_cache=False)
+        return logits_NV, targets_N, rows_N
+
+    def _ctc_loss(self, speech: SpeechOutput, transcripts_ids: list[list[int]]) -> CTCLoss | None:
+        if self.ctc_head is None:
+            return None
+        return ctc_loss_sum(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B, transcripts_ids)
+
+    # ---- decoding
+
+    @torch.no_grad()
+    def transcribe_ids(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        *,
+        contexts_ids: list[list[int] | None] | None = None,
+        config: DecodeConfig | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return the N-best hypotheses of each utterance, best first."""
+        if self.training:
+            raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
+        config = config or DecodeConfig()
+        prefixes = self.build_prompt(self.encode_speech(waveforms, lengths), contexts_ids)
+        sample_rate = self.fbank.cfg.sample_rate
+        limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
+        return decode(LLMScorer(self.llm), prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    def generate(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        *,
+        contexts_ids: list[list[int] | None] | None = None,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        max_new_tokens: int = DecodeConfig.max_new_tokens,
+        length_penalty: float = DecodeConfig.length_penalty,
+    ) -> Tensor:
+        """Return token ids [B * num_return_sequences, T], filled up with end tokens, for `processor.batch_decode`.
+
+        Same meaning of the arguments as in transformers; `transcribe_ids` has scores and every other setting.
+        """
+        config = DecodeConfig(
+            beam_size=num_beams,
+            nbest=num_return_sequences,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+        )
+        nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, config=config)
+        rows = [torch.tensor(h.ids + [self.prompt_tokens.end] * h.complete) for nbests in nbest for h in nbests]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.prompt_tokens.end)
+        return ids.long().to(waveforms.device)
+
+    # ---- files
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write everything that loading needs: weights (adapters merged), config, tokenizer, generation settings."""
+        state = kwargs.pop("state_dict", None)
+        if has_lora(self):
+            state = merge_lora(self, self.state_dict() if state is None else state)
+        self.config.acoustic_dtype = str(next(self.encoder.parameters()).dtype).removeprefix("torch.")
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        generation = GenerationConfig.from_model_config(self.llm.config)
+        generation = getattr(self.llm, "generation_config", None) or generation
+        generation.save_pretrained(save_directory)
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args, **kwargs) -> "AudioLLM":
+        """Load a folder that `save_pretrained` wrote; missing or misshapen weights are an error, not a fresh draw."""
+        report = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if absent:
+            raise ValueError(f"{path}: {len(absent)} weights are missing or misshapen, first {absent[0]}: not complete")
+        if (Path(path) / "generation_config.json").is_file():
+            model.llm.generation_config = GenerationConfig.from_pretrained(path)
+        if (Path(path) / "processor_config.json").is_file():
+            model.processor = AudioLLMProcessor.from_pretrained(path)
+        return (model, info) if report else model

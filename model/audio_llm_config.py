@@ -1,0 +1,59 @@
+"""The config of an audio LLM: one JSON file that rebuilds every part of it.
+
+It stands apart from the model so that `AutoConfig` can be registered while transformers is still being imported.
+The parts keep their own dataclasses as schema; here they are plain dicts, as JSON has them.
+"""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from .conformer import ConformerConfig
+from .converter import ConverterConfig
+from .features import FeatureConfig
+from .prompt import PromptConfig, PromptTokens
+
+# The LLM vocabulary and the tokenizer's differ: LLMs pad theirs to a round number. CTC needs classes for real tokens only.
+NO_CTC = 0
+
+
+class AudioLLMConfig(PreTrainedConfig):
+    """`text_config` is the LLM's own config; `ctc_vocab_size` the classes of the CTC head without blank, 0 for none.
+
+    `acoustic_dtype` is the storage type of encoder, converter and CTC head, where it differs from the LLM's (`dtype`).
+    """
+
+    model_type = "seedling_acllm"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        *,
+        text_config: Any = None,
+        feature_config: dict | None = None,
+        audio_config: dict | None = None,
+        converter_config: dict | None = None,
+        specaugment_config: dict | None = None,
+        prompts: dict | None = None,
+        prompt_tokens: dict | None = None,
+        ctc_vocab_size: int = NO_CTC,
+        acoustic_dtype: str = "float32",
+        **kwargs,
+    ):
+        if isinstance(text_config, dict):
+            from transformers import AutoConfig
+
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.feature_config = feature_config or {}
+        self.audio_config = audio_config or {}
+        self.converter_config = converter_config or {}
+        self.specaugment_config = specaugment_config or {}
+        self.prompts = prompts or {}
+        self.prompt_tokens = prompt_tokens or {}
+        self.ctc_vocab_size = ctc_vocab_size
+        self.acoustic_dtype = acoustic_dtype
+        if text_config is not None:
+            # Whoever asks the outer config about the vocabulary or tied weights means the LLM's.
+            kwargs["tie_word_embeddings"] = getattr(text_config, "tie_word_embeddings", False)
+        super().__init__(**kwargs)

@@ -1,0 +1,132 @@
+"""The prompt: [instruction | context | speech | transcript], one sequence per utterance in a padded batch.
+
+Token ids are made by joining the ids of the parts. Tokenising the joined text instead would let a merge cross the
+border between prompt and answer, so that training would see other ids than decoding does.
+Shape letters: B utterances, T positions, S speech positions, L LLM width.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@dataclass
+class PromptConfig:
+    """The texts around the speech. The two instructions are Seed-ASR's, verbatim (company page, figure 1).
+
+    `before` and `after` hold what an instruction-tuned LLM expects around a turn, such as its chat markers. `end_token`
+    closes the transcript; empty means the tokenizer's own.
+    """
+
+    instruction: str = "Transcribe the speech into text:"
+    instruction_with_context: str = "There are relevant contexts, transcribe the speech into text:"
+    context: str = " {context}"
+    before: str = ""
+    after: str = ""
+    end_token: str = ""
+
+    def __post_init__(self):
+        if "{context}" not in self.context:
+            raise ValueError(f"prompts.context ({self.context!r}) must contain {{context}}, where the context text goes")
+
+
+@dataclass
+class PromptTokens:
+    """Token ids of the fixed parts. They are saved in the model's config: a forward pass needs no tokenizer."""
+
+    instruction: list[int]
+    instruction_with_context: list[int]
+    after: list[int]
+    end: int
+
+    @classmethod
+    def of(cls, prompts: PromptConfig, *, tokenizer: PreTrainedTokenizerBase) -> "PromptTokens":
+        bos = tokenizer.bos_token_id
+        starts_with_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+        start = [bos] if starts_with_bos else []
+        return cls(
+            instruction=start + tokenize(tokenizer, prompts.before + prompts.instruction),
+            instruction_with_context=start + tokenize(tokenizer, prompts.before + prompts.instruction_with_context),
+            after=tokenize(tokenizer, prompts.after),
+            end=_end_id(prompts, tokenizer),
+        )
+
+    def before_speech(self, context_ids: list[int] | None) -> list[int]:
+        """Ids in front of the speech. An absent or empty context gives the plain instruction."""
+        return self.instruction_with_context + context_ids if context_ids else self.instruction
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of one part of the prompt, without the start and end tokens that a tokenizer may add by itself."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+
+def _end_id(prompts: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    if not prompts.end_token:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; name one of its tokens in prompts.end_token")
+        return tokenizer.eos_token_id
+    end = tokenizer.get_vocab().get(prompts.end_token)
+    if end is None:
+        raise ValueError(f"prompts.end_token ({prompts.end_token!r}) is not a token of the tokenizer; name one that is")
+    return end
+
+
+class PromptLayout(NamedTuple):
+    """Where everything lies in a right-padded batch: column 0 holds an utterance's first token."""
+
+    token_ids_BT: Tensor  # 0 where speech or padding stands
+    speech_starts_B: Tensor
+    lengths: list[int]
+
+
+def lay_out(
+    before: list[list[int]], speech_lengths: list[int], after: list[list[int]], *, device: torch.device
+) -> PromptLayout:
+    """Place [before | speech | after] of every utterance."""
+    lengths = [len(b) + s + len(a) for b, s, a in zip(before, speech_lengths, after)]
+    width = max(lengths)
+    rows = [
+        [*b, *[0] * s, *a, *[0] * (width - length)] for b, s, a, length in zip(before, speech_lengths, after, lengths)
+    ]
+    starts_B = torch.tensor([len(b) for b in before], device=device)
+    return PromptLayout(torch.tensor(rows, dtype=torch.long, device=device), starts_B, lengths)
+
+
+def place_speech(tokens_BTL: Tensor, speech_BSL: Tensor, *, starts_B: Tensor, speech_lengths_B: Tensor) -> Tensor:
+    """Put each utterance's valid speech embeddings over the token embeddings, from column `starts_B` on.
+
+    Rows of speech_BSL past an utterance's length are never read, whatever they hold.
+    """
+    _, T, L = tokens_BTL.shape
+    S = speech_BSL.shape[1]
+    index_BT = torch.arange(T, device=tokens_BTL.device) - starts_B[:, None]
+    is_speech_BT = (index_BT >= 0) & (index_BT < speech_lengths_B[:, None])
+    speech_BTL = speech_BSL.gather(1, index_BT.clamp(0, S - 1)[..., None].expand(-1, -1, L))
+    return torch.where(is_speech_BT[..., None], speech_BTL, tokens_BTL)
+
+
+class AnswerTargets(NamedTuple):
+    """The positions that predict an answer, utterance by utterance, and what they should predict."""
+
+    rows_N: Tensor
+    columns_N: Tensor
+    tokens_N: Tensor
+
+
+def answer_targets(
+    lengths: list[int], answers: list[list[int]], *, end: int, device: torch.device
+) -> AnswerTargets:
+    """Return the targets of sequences that end in `answers`: every token of them and the end token.
+
+    A token is predicted one position before it stands; the end token at the last position of all.
+    """
+    rows, columns, targets = [], [], []
+    for row, (length, answer) in enumerate(zip(lengths, answers)):
+        rows += [row] * (len(answer) + 1)
+        columns += range(length - len(answer) - 1, length)
+        targets += [*answer, end]
+    return AnswerTargets(*torch.tensor([rows, columns, targets], device=device))

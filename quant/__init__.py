@@ -1,0 +1,1 @@
+"""Floor 2: low-bit quantisation (decoupleQ): calibrate, solve, refine, pack."""

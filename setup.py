@@ -1,0 +1,77 @@
+"""Packaging: the top-level folders become the package `seedling.*`.
+
+`package_dir` maps each folder by name; mapping {"seedling": "."} would swallow every .py file of the root.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+FOLDERS = ["kernels", "model", "data", "quant", "stages", "launch"]
+
+
+def packages() -> dict[str, str]:
+    """Return {dotted package name: folder} for every folder below FOLDERS that holds an __init__.py."""
+    found = {"seedling": "seedling"}
+    for folder in FOLDERS:
+        for init in sorted((ROOT / folder).rglob("__init__.py")):
+            relative = init.parent.relative_to(ROOT)
+            found["seedling." + ".".join(relative.parts)] = relative.as_posix()
+    # The shipped YAML files travel inside the package, so that `seedling pipeline demo` works away from a clone.
+    found["seedling.configs"] = "configs"
+    return found
+
+
+PACKAGES = packages()
+
+setup(
+    name="seedling",
+    version=next(
+        line.split('"')[1]
+        for line in (ROOT / "seedling/__init__.py").read_text().splitlines()
+        if line.startswith("__version__")
+    ),
+    description="Distributed training of context-aware speech recognisers, from raw speech to two-bit deployment",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"seedling.configs": ["**/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "transformers>=5.0",
+        "tokenizers>=0.23",
+        "datasets>=5.0",
+        "webdataset>=1.0",
+        "wandb>=0.31",
+        "omegaconf>=2.3",
+        "numpy>=2.0",
+        "soundfile>=0.13",
+        "soxr>=1.0",
+        "safetensors>=0.8",
+        "peft>=0.21",
+        "tqdm>=4.70",
+        "rapidfuzz>=3.10",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.6"],
+        "demo": ["espeakng-loader>=0.2.4", "scipy>=1.15"],
+        "dev": [
+            "espeakng-loader>=0.2.4",
+            "jiwer>=4.0",
+            "kaldi_native_fbank>=1.23",
+            "lhotse>=1.33",
+            "pyright>=1.1.414",
+            "pytest>=9.0",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "scipy>=1.15",
+            "wheel",
+        ],
+    },
+    entry_points={"console_scripts": ["seedling = seedling.launch.cli:main"]},
+)

@@ -1,0 +1,154 @@
+"""evaluate: decode a prepared corpus, score it, and write the files and the report that people look at.
+
+Greedy or beam search on any number of ranks; each decodes its share, rank 0 scores. Scoring can be repeated without the
+model from hyp.jsonl (data/scoring/files.py).
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..data.audio_sets import heldout
+from ..data.index import Corpus
+from ..data.loader import AudioDataset, utterance_key
+from ..data.payload import PayloadReader
+from ..data.plan import PlanConfig
+from ..data.scoring import ScoredUtterance, ScoreReport, score, write_report, write_score_folder
+from ..model.audio_llm import AudioLLM
+from ..model.decoding import DecodeConfig
+from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
+from .runtime.config import StageConfig
+from .runtime.train_config import PRECISIONS, require_choice
+from .runtime.world import World, init_world
+
+MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(StageConfig):
+    data: str  # folder of shards
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    normalizer: str = "basic"
+    unit: str = ""  # word, char or mixed; empty: the normaliser's own
+    equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
+    batch_seconds: float = 120.0
+    precision: str = "fp32"
+    learning_curves: dict[str, str] = field(default_factory=dict)  # stage -> its run folder, for the report
+    worst: int = 40  # utterances in the report
+
+    def __post_init__(self):
+        require_choice("precision", self.precision, PRECISIONS)
+
+
+class Evaluate:
+    """Decode, score, report."""
+
+    consumes = {"acllm": ArtifactSpec("acllm")}
+    produces = "report"
+    Config = EvaluateConfig
+
+    def run(self, cfg: EvaluateConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
+        world = init_world()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
+        model = AudioLLM.from_pretrained(inputs["acllm"].path, dtype=dtype).to(world.device).eval()
+        shares = world.gather(list(self._decode(cfg, model, world)))
+        if not world.is_main:
+            return
+        records = sorted((record for share in shares for record in share), key=lambda record: record.id)
+        report = score(
+            records,
+            normalizer=cfg.normalizer,
+            unit=cfg.unit or None,
+            equivalences=json.loads(Path(cfg.equivalences).read_text()) if cfg.equivalences else None,
+            seed=cfg.seed,
+        )
+        self._write(cfg, report, writer, acllm=inputs["acllm"])
+
+    def _decode(self, cfg: EvaluateConfig, model: AudioLLM, world: World) -> Iterator[ScoredUtterance]:
+        """This rank's share of the corpus, decoded."""
+        planned = heldout(
+            cfg.data,
+            PlanConfig(),
+            micro_batch_seconds=cfg.batch_seconds,
+            micro_batches=world.size,
+            sample_rate=model.fbank.cfg.sample_rate,
+        )
+        summary = planned.plan.summary(0)
+        if summary.num_refused and world.is_main:
+            named = ", ".join(f"{refused.key} ({refused.reason})" for refused in summary.refused[:5])
+            raise ValueError(
+                f"{cfg.data}: {summary.num_refused} utterances cannot be decoded: {named}; raise batch_seconds "
+                f"({cfg.batch_seconds:g}) or leave them out of the corpus"
+            )
+        for step in planned.plan.steps(epochs=1):
+            for micro_batch in step.share(world.rank, world_size=world.size):
+                if micro_batch.utterances:
+                    yield from self._decode_batch(cfg, model, planned.dataset, micro_batch, world)
+
+    def _decode_batch(
+        self, cfg: EvaluateConfig, model: AudioLLM, dataset: AudioDataset, micro_batch, world: World
+    ) -> Iterator[ScoredUtterance]:
+        batch = dataset[micro_batch].to(world.device)
+        if batch.bad:
+            raise ValueError(f"{batch.bad[0]}; repair the corpus (`seedling check-data {cfg.data}`) or leave it out")
+        started = time.perf_counter()
+        nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=cfg.decode)
+        rtf = (time.perf_counter() - started) / batch.seconds
+        seconds = (batch.lengths_B / model.fbank.cfg.sample_rate).tolist()
+        for key, reference, nbest, duration in zip(batch.keys, batch.texts, nbests, seconds):
+            texts = [model.processor.decode(hypothesis.ids) for hypothesis in nbest]
+            yield ScoredUtterance(
+                id=key,
+                reference=reference,
+                hypothesis=texts[0],
+                seconds=duration,
+                nbest=tuple(texts),
+                scores=tuple(hypothesis.score for hypothesis in nbest),
+                rtf=rtf,
+            )
+
+    def _write(self, cfg: EvaluateConfig, report: ScoreReport, writer: ArtifactWriter, *, acllm: Artifact) -> None:
+        summary = write_score_folder(report, writer.path, model_hash=acllm.hash, decode=asdict(cfg.decode))
+        write_report(
+            report,
+            writer.path / "report.html",
+            title=f"{acllm.path.parent.name} on {Path(cfg.data).name}",
+            runs={name: _metric_rows(Path(run)) for name, run in cfg.learning_curves.items()},
+            details={"model": acllm.hash, "data": cfg.data, **asdict(cfg.decode)},
+            audio=_AudioClips(cfg.data),
+            worst=cfg.worst,
+        )
+        writer.metrics.update({name: rate["fraction"] for name, rate in summary["rates"].items()})
+        if summary["merged"]:
+            writer.metrics[f"{summary['metric']}_sound_alikes_merged"] = summary["merged"]["fraction"]
+        low, high = summary["interval"]["fraction"]
+        writer.metrics.update({f"{summary['metric']}_low": low, f"{summary['metric']}_high": high, "rtf": report.rtf})
+
+
+def _metric_rows(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+class _AudioClips:
+    """The corpus's own encoded audio, by key, for the report's players."""
+
+    def __init__(self, folder: str):
+        self.corpus, self.reader = Corpus.open(folder), PayloadReader()
+        self.places = {
+            utterance_key(self.corpus, shard, row): (shard, row)
+            for shard in range(len(self.corpus.shards))
+            for row in range(len(self.corpus.index(shard)))
+        }
+
+    def __call__(self, key: str) -> tuple[bytes, str] | None:
+        if key not in self.places:
+            return None
+        shard, row = self.places[key]
+        at = self.corpus.index(shard)[row]
+        clip = self.reader.read(self.corpus.shards[shard], offset=int(at["audio_offset"]), size=int(at["audio_size"]))
+        return clip, next((mime for magic, mime in MIME_TYPES.items() if clip.startswith(magic)), "audio/mpeg")

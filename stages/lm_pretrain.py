@@ -1,0 +1,137 @@
+"""lm_pretrain: a small causal LM and its tokenizer from text, where no LLM can be downloaded.
+
+The result is an ordinary Hugging Face folder (Llama, safetensors, tokenizer), and everything downstream treats it as any
+other. Besides plain sentences it learns prompted repetition, without which a frozen LM never listens (model/repetition.py).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..data.batches import PlannedBatches
+from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
+from ..data.tokenizer import train_bpe
+from ..model.prompt import PromptConfig, PromptTokens, tokenize
+from ..model.repetition import RepeatingLM, RepetitionConfig
+from .runtime.artifacts import ArtifactWriter
+from .runtime.config import StageConfig
+from .runtime.stage import StepOutput
+
+
+@dataclass
+class SmallLMConfig:
+    """A Llama with tied embeddings."""
+
+    vocab_size: int = 1200
+    dim: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    ff_mult: int = 3
+    max_positions: int = 2048
+
+    def __post_init__(self):
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"lm.dim ({self.dim}) must be divisible by 2 x lm.num_heads ({self.num_heads})")
+
+
+@dataclass(kw_only=True)
+class LMPretrainConfig(StageConfig):
+    text: list[str]  # UTF-8 files, one sentence a line
+    valid_text: list[str] = field(default_factory=list)
+    max_tokens: int = 2000  # padded characters of a micro-batch
+    lm: SmallLMConfig = field(default_factory=SmallLMConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)  # as the recogniser will be prompted
+    repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+
+
+class LMPretrain:
+    """Next-token prediction on sentences and on prompted repetitions of them."""
+
+    consumes = {}
+    produces = "llm"
+    Config = LMPretrainConfig
+
+    def build(self, cfg: LMPretrainConfig, inputs: dict) -> nn.Module:
+        sentences = (line for path in TextCorpus.open(cfg.text).shards for line in _lines(path))
+        prompts = [cfg.prompts.instruction, cfg.prompts.instruction_with_context]
+        self.tokenizer = train_bpe([*prompts, *sentences], vocab_size=cfg.lm.vocab_size)
+        llm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(self.tokenizer),
+                hidden_size=cfg.lm.dim,
+                intermediate_size=cfg.lm.ff_mult * cfg.lm.dim,
+                num_hidden_layers=cfg.lm.num_layers,
+                num_attention_heads=cfg.lm.num_heads,
+                num_key_value_heads=cfg.lm.num_heads,
+                max_position_embeddings=cfg.lm.max_positions,
+                tie_word_embeddings=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        )
+        special = set(self.tokenizer.all_special_ids)
+        return RepeatingLM(
+            llm,
+            prompt_tokens=PromptTokens.of(cfg.prompts, tokenizer=self.tokenizer),
+            start=self.tokenizer.bos_token_id,
+            ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
+            cfg=cfg.repetition,
+        )
+
+    def trainable(self, parameter_name: str) -> str | None:
+        return "llm"
+
+    def batches(self, cfg: LMPretrainConfig, split: str) -> PlannedBatches | None:
+        text = cfg.text if split == "train" else cfg.valid_text
+        if not text:
+            return None
+        corpus = TextCorpus.open(text)
+        plan = TextPlan(
+            corpus,
+            max_tokens=cfg.max_tokens,
+            seed=cfg.seed,
+            micro_batches_per_step=cfg.train.micro_batches,
+            shuffle=split == "train",
+        )
+        return PlannedBatches(plan, TextDataset(corpus))
+
+    def count(self, batch: TextBatch) -> int:
+        return sum(len(ids) + 1 for ids in self._tokenize(batch))
+
+    def loss(self, model: nn.Module, batch: TextBatch) -> StepOutput:
+        nll_N, heard_N = model(self._tokenize(batch))
+        plain_N = ~heard_N
+        metrics = {
+            "loss_sentences": ((nll_N * plain_N).sum().detach(), plain_N.sum()),
+            "loss_repetitions": ((nll_N * heard_N).sum().detach(), heard_N.sum()),
+        }
+        return StepOutput(nll_N.sum(), metrics)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[TextBatch]) -> dict[str, tuple[float, float]]:
+        """Nats per token of plain sentences, and of the same sentences when they stand in the prompt."""
+        sums = {"loss_sentences": [0.0, 0], "loss_repetitions": [0.0, 0]}
+        for batch in batches:
+            ids = self._tokenize(batch)
+            for name, repeated in (("loss_sentences", False), ("loss_repetitions", True)):
+                nll_N, _ = model.losses(ids, [repeated] * len(ids))
+                sums[name][0] += nll_N.sum().item()
+                sums[name][1] += len(nll_N)
+        return {name: tuple(pair) for name, pair in sums.items()}
+
+    def export(self, model: nn.Module, writer: ArtifactWriter) -> None:
+        model.llm.save_pretrained(writer.path)
+        self.tokenizer.save_pretrained(writer.path)
+
+    def _tokenize(self, batch: TextBatch) -> list[list[int]]:
+        return [tokenize(self.tokenizer, text) for text in batch.texts]
+
+
+def _lines(path: Path) -> Iterable[str]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        yield from (line.strip() for line in file if line.strip())

@@ -1,0 +1,149 @@
+"""Checkpoints for resuming this run: RUN/checkpoints/step_000500/, whole or absent.
+
+    shards/         DeepSpeed's weights and optimizer state, one file or more per rank
+    state.json      step, cursor of the data plan, samples seen, fingerprints: all that is needed to go on
+    manifest.json   every file with size and hash; written last, before the folder gets its name
+
+All ranks need to see the same folder (a shared file system on several nodes).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .files import describe_files, find_damage, list_files, publish, sync_tree, write_synced
+from .world import World
+
+SHARDS = "shards"
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where a run stands after `step` optimizer steps. `cursor` is the plan's, as JSON; None is the beginning."""
+
+    step: int = 0
+    cursor: dict | None = None
+    epoch: int = 0
+    samples_seen: int = 0
+    bad_utterances: int = 0
+    nonfinite_steps: int = 0
+    data_fingerprint: str = ""
+    frozen_digests: list[str] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    world_size: int = 1
+    zero_stage: int = 0
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first; staging folders are not among them."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, *, save_shards: Callable[[str, str], None], world: World, keep_last: int
+) -> Path:
+    """Write a checkpoint on all ranks together, then delete all but the newest `keep_last`."""
+    target = folder / checkpoint_name(state.step)
+    staging = folder / f".{target.name}.partial"
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    world.barrier()
+    save_shards(str(staging), SHARDS)
+    if world.is_main:
+        write_synced(staging / "state.json", json.dumps(asdict(state), indent=1))
+    world.barrier()
+    # Each rank hashes its share: one process would need a minute for the shards of a large model.
+    described = describe_files(staging, list_files(staging)[world.rank :: world.size])
+    shares = world.gather(described)
+    if world.is_main:
+        files = {name: facts for share in shares for name, facts in sorted(share.items())}
+        write_synced(staging / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=1))
+        sync_tree(staging)
+        publish(staging, target)
+        for old in list_checkpoints(folder)[keep_last:]:
+            shutil.rmtree(old)
+    world.barrier()
+    return target
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if (checkpoint / "manifest.json").exists() and "state.json" not in manifest["files"]:
+            return "manifest.json lists no state.json"
+    except (OSError, ValueError, KeyError) as error:
+        return f"manifest.json cannot be read ({error})"
+    return find_damage(checkpoint, manifest["files"])
+
+
+def find_checkpoint(folder: Path, *, world: World) -> Path | None:
+    """Return the newest whole checkpoint, the same on all ranks; torn ones are named in the log and passed over."""
+    chosen = None
+    if world.is_main:
+        for candidate in list_checkpoints(folder):
+            problem = damage(candidate)
+            if problem is None:
+                chosen = candidate.name
+                break
+            log.warning(f"{candidate}: torn checkpoint ({problem}); using the one before it")
+    chosen = world.gather(chosen)[0]
+    return folder / chosen if chosen else None
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
+def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> list[str]:
+    """Raise ValueError where going on would not be the same run; return warnings for what may change but should be known.
+
+    `now` describes this run: data fingerprint, frozen digests, world size, ZeRO stage and config.
+    """
+    away = "start it in another run_dir, or with train.resume=never (which deletes the old checkpoints)"
+    if state.data_fingerprint != now.data_fingerprint:
+        raise ValueError(
+            f"{checkpoint}: written while training on data {state.data_fingerprint[:16]}, this run's data is "
+            f"{now.data_fingerprint[:16]} (corpus, plan limits, seed or batch size changed); to train on the new data, {away}"
+        )
+    if state.zero_stage != now.zero_stage:
+        raise ValueError(
+            f"{checkpoint}: written with ZeRO stage {state.zero_stage}, this run uses {now.zero_stage}; set "
+            f"train.zero_stage={state.zero_stage}, or {away}"
+        )
+    if state.world_size != now.world_size and state.zero_stage:
+        raise ValueError(
+            f"{checkpoint}: its ZeRO-{state.zero_stage} optimizer state is cut for {state.world_size} processes, this run has "
+            f"{now.world_size}; start {state.world_size} processes, or {away}. Stage 0 resumes on any number"
+        )
+    if state.world_size == now.world_size and state.frozen_digests != now.frozen_digests:
+        raise ValueError(
+            f"{checkpoint}: the frozen weights are not those that the run started with (an input artifact or the build "
+            f"changed); restore the input, or {away}"
+        )
+    return changed_keys(state.config, now.config)
+
+
+def changed_keys(old: dict, new: dict, *, path: str = "") -> list[str]:
+    """Return `key: old -> new` for every config value that differs."""
+    changes = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_keys(before, after, path=f"{path}{key}.")
+        elif before != after:
+            changes.append(f"{path}{key}: {before} -> {after}")
+    return changes

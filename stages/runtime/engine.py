@@ -1,0 +1,238 @@
+"""One optimizer step on DeepSpeed: this file alone knows how DeepSpeed averages, clips, skips and gathers.
+
+DeepSpeed averages gradients over the R ranks. The loss's normaliser N (tokens, frames) is known before the forward pass and
+summed over ranks, so each micro-batch is backpropagated as loss_sum * R / N, and the average over ranks is the exact gradient
+of sum(loss) / N whatever each rank got.
+
+A step that must not happen is poisoned instead of vetoed: a non-finite loss becomes a NaN gradient, the gradient norm that
+DeepSpeed sums over ranks becomes NaN on all of them, and every rank drops the step together, without another round of messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ds_config import deepspeed_config
+from .parameters import digest, freeze_others, numel, optimizer_groups
+from .seeds import seed_forward
+from .stage import TrainingStage
+from .train_config import TrainConfig
+from .world import World, import_deepspeed
+
+
+class StepResult(NamedTuple):
+    """`loss_sum` and the sums in `metrics` are this rank's, on its device; `grad_norm` is global, before clipping."""
+
+    loss_sum: Tensor
+    metrics: dict[str, tuple[Any, Any]]
+    grad_norm: float
+    applied: bool
+
+
+class Blame(NamedTuple):
+    """Where a non-finite number came from: the loss or a parameter's gradient, in the micro-batch of these keys."""
+
+    where: str
+    keys: list[str]
+
+
+class StageLoss(nn.Module):
+    """The stage's loss as one module call, because DeepSpeed hooks what happens inside the engine's forward.
+
+    Under bf16 the parameters are bf16 and buffers stay as built; autocast lets fp32 features meet bf16 weights.
+    """
+
+    def __init__(self, stage: TrainingStage, model: nn.Module, *, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.bf16 = bf16
+        self.metrics: dict[str, tuple[Any, Any]] = {}
+
+    def autocast(self, device: torch.device) -> Any:
+        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def forward(self, batch: Any, device: torch.device) -> Tensor:
+        """Return loss_sum; the metrics, which carry no gradient, wait in `self.metrics`."""
+        with self.autocast(device):
+            output = self.stage.loss(self.model, batch)
+        self.metrics = output.metrics
+        return output.loss_sum.float()
+
+
+class Engine:
+    """A model under DeepSpeed. `accumulation_steps` micro-batches per rank and step; the learning rate is set by the caller."""
+
+    def __init__(self, stage: TrainingStage, model: nn.Module, cfg: TrainConfig, *, world: World, seed: int):
+        deepspeed = import_deepspeed()
+        self.cfg, self.world, self.seed = cfg, world, seed
+        self.zero_stage = cfg.effective_zero_stage
+        self.groups = freeze_others(model, stage.trainable)
+        self.frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self.trainable = [p for ps in self.groups.values() for p in ps]
+        # fused: one call for all tensors; the loop over tensors costs more than a small model's forward pass.
+        groups = optimizer_groups(self.groups, cfg)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+        config = deepspeed_config(
+            cfg,
+            accumulation_steps=cfg.accumulation_steps(world.size),
+            world_size=world.size,
+            trainable_numel=sum(map(numel, self.trainable)),
+        )
+        self.module = StageLoss(stage, model, bf16=cfg.precision == "bf16")
+        self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        self.ds.train()
+        # Alone at stage 0 there is nobody to reduce with; DeepSpeed would still copy every gradient twice.
+        self.ds.enable_backward_allreduce = world.size > 1 or self.zero_stage > 0
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module.model
+
+    def set_lr(self, factor: float) -> None:
+        """Set every group's learning rate to its peak times `factor`."""
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = self.cfg.lr[group["name"]] * factor
+
+    def step(self, batches: list[Any], total_count: float) -> StepResult:
+        """Train on this rank's micro-batches of one step. `total_count` is the normaliser summed over ranks and batches."""
+        loss_sum, metrics = None, {}
+        scale = self.world.size / max(total_count, 1.0)
+        for i, batch in enumerate(batches):
+            loss = self._forward(batch)
+            self._backward(loss, scale, last=i == len(batches) - 1)
+            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+            add_metrics(metrics, self.module.metrics)
+        grad_norm, applied = self._update()
+        return StepResult(loss_sum, metrics, grad_norm, applied)
+
+    def _forward(self, batch: Any) -> Tensor:
+        seed_forward(self.seed, batch.index)
+        return self.ds(batch, self.world.device)
+
+    def _backward(self, loss: Tensor, scale: float, *, last: bool) -> None:
+        self.ds.set_gradient_accumulation_boundary(last)
+        poison = torch.where(torch.isfinite(loss.detach()), scale, float("nan"))
+        self.ds.backward(loss * poison, scale_wrt_gas=False)
+
+    def _update(self) -> tuple[float, bool]:
+        """Clip and step, or drop the step where the gradient norm is not finite; return (norm before clipping, applied)."""
+        if self.zero_stage:
+            self.ds.step()
+            return float(self.ds.get_global_grad_norm()), self.ds.was_step_applied()
+        grads = [p.grad for p in self.trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            self.ds.zero_grad()  # AdamW passes over parameters without a gradient: weights and state stay as they are
+        elif self.cfg.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.cfg.grad_clip, norm)
+        self.ds.step()
+        return float(norm), applied
+
+    def dry_run(self, batch: Any) -> float:
+        """Forward and backward of `batch` without a trace in weights, optimizer or buffers; return the seconds it took."""
+        start = time.perf_counter()
+        with self._buffers_restored():
+            self._backward(self._forward(batch), float("nan"), last=True)
+            _, applied = self._update()
+        assert not applied, "a poisoned step must be dropped"
+        return time.perf_counter() - start
+
+    def blame(self, batches: list[Any], total_count: float) -> list[Blame]:
+        """Replay a dropped step with a probe on every gradient; all ranks must call it. Leaves no trace, like dry_run."""
+        found = []
+        with self._buffers_restored(), self._probed() as bad:
+            for batch in batches:
+                bad.clear()
+                loss = self._forward(batch)
+                self._backward(loss, self.world.size / max(total_count, 1.0), last=False)
+                if not torch.isfinite(loss):
+                    found.append(Blame("loss", list(batch.keys)))
+                elif bad:
+                    found.append(Blame(f"gradient of {bad[0]}", list(batch.keys)))
+        self.dry_run(batches[-1])  # ends the accumulation, and drops it
+        return found
+
+    @contextlib.contextmanager
+    def _probed(self) -> Iterator[list[str]]:
+        """Collect the names of parameters that receive a non-finite gradient, in the order of the backward pass."""
+        bad: list[str] = []
+
+        def probe(name: str, grad: Tensor) -> None:
+            if not torch.isfinite(grad).all():
+                bad.append(name)
+
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        handles = [p.register_hook(lambda grad, name=name: probe(name, grad)) for name, p in named]
+        try:
+            yield bad
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _buffers_restored(self) -> Iterator[None]:
+        """Put buffers back as they were; warn of any that a forward pass changes, because ranks would disagree about it."""
+        saved = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        yield
+        for name, buffer in self.model.named_buffers():
+            if not torch.equal(buffer, saved[name]) and buffer.isfinite().all():
+                logging.getLogger(__name__).warning(
+                    f"buffer {name} changes in the forward pass: statistics of one rank's batches make the result depend on "
+                    "the number of ranks; prefer a norm without running statistics"
+                )
+            buffer.copy_(saved[name])
+
+    def frozen_digest(self) -> str:
+        """Hash of this rank's frozen parameters; also asserts that none of them has a gradient."""
+        with_grad = [name for name, p in self.frozen if p.requires_grad or p.grad is not None]
+        assert not with_grad, f"frozen parameter {with_grad[0]} has a gradient"
+        return digest(p for _, p in self.frozen)
+
+    def optimizer_numel(self) -> int:
+        """Elements of first moments that the optimizer keeps on this rank: trainable parameters only, plus padding."""
+        optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
+        return sum(s["exp_avg"].numel() for s in optimizer.state.values() if "exp_avg" in s)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """Yield the model in eval mode, without gradients."""
+        self.ds.eval()
+        try:
+            with torch.no_grad(), self.module.autocast(self.world.device):
+                yield self.model
+        finally:
+            self.ds.train()
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """Yield the model in eval mode with all its weights present on every rank (ZeRO-3 gathers them)."""
+        parameters = [p for p in self.model.parameters() if hasattr(p, "ds_id")]
+        with import_deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            with self.evaluating() as model:
+                yield model
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write weights and optimizer shards; frozen weights are left out, the stage builds them again."""
+        self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: str, tag: str) -> None:
+        path, _ = self.ds.load_checkpoint(folder, tag=tag, load_module_strict=False)
+        assert path is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
+
+
+def add_metrics(total: dict[str, tuple[Any, Any]], new: dict[str, tuple[Any, Any]]) -> None:
+    """Add {name: (sum, count)} in place, tensors detached and left where they are."""
+    for name, (value, count) in new.items():
+        value = value.detach() if isinstance(value, Tensor) else value
+        count = count.detach() if isinstance(count, Tensor) else count
+        old = total.get(name, (0, 0))
+        total[name] = (old[0] + value, old[1] + count)

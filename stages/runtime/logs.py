@@ -1,0 +1,139 @@
+"""What a run says: a progress bar, metrics.jsonl, ledger.jsonl and W&B, all from rank 0.
+
+    metrics.jsonl   one line a log step: {"step", "train/loss", "train/lr/encoder", ..., "valid/dev/wer", ...}
+    ledger.jsonl    one line a step: {"step", "epoch", "utterances": [[shard, row], ...]}, what the plan gave to all ranks
+
+Both are cut back to the checkpoint's step on resume, so they read as if the run had never stopped. In W&B the x-axis is
+`global_step`, logged as a value: W&B's own step cannot go back after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .train_config import WandbConfig
+
+log = logging.getLogger(__name__)
+
+
+class _Lines:
+    """A file of JSON lines with a `step` each, cut back to `keep_to_step` when opened."""
+
+    def __init__(self, path: Path, *, keep_to_step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= keep_to_step:
+                        kept.append(line)
+                except ValueError:
+                    break  # a line that a kill cut short
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+class RunLog:
+    """The log of one run from `step` on. On other ranks than 0 every call is silent."""
+
+    def __init__(self, run_dir: Path, *, cfg: WandbConfig, is_main: bool, step: int, total_steps: int, config: dict):
+        self.is_main = is_main
+        self.wandb = None
+        if not is_main:
+            return
+        self.metrics_file = _Lines(run_dir / "metrics.jsonl", keep_to_step=step)
+        self.ledger_file = _Lines(run_dir / "ledger.jsonl", keep_to_step=step)
+        self.wandb = start_wandb(run_dir, cfg, config)
+        self.bar = tqdm(
+            total=total_steps, initial=step, unit="step", desc=run_dir.name, mininterval=1.0, dynamic_ncols=True
+        )
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.is_main:
+            tqdm.write(message)
+
+    def advance(self, step: int, *, epoch: int, utterances: list) -> None:
+        """One optimizer step is done: note what it consumed and move the bar."""
+        if self.is_main:
+            self.ledger_file.write({"step": step, "epoch": epoch, "utterances": utterances})
+            self.bar.update(step - self.bar.n)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write named values of a step to metrics.jsonl and W&B, and the loss and the speed into the bar."""
+        if not self.is_main:
+            return
+        self.metrics_file.write({"step": step, **values})
+        if self.wandb:
+            self.wandb.log({"global_step": step, **values})
+        if "train/loss" in values:
+            speed = values["train/audio_hours_per_s"] * 3600
+            self.bar.set_postfix_str(f"loss {values['train/loss']:.4g}, {speed:.0f} s audio/s")
+
+    def close(self) -> None:
+        if self.is_main:
+            self.bar.close()
+            self.metrics_file.file.close()
+            self.ledger_file.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def start_wandb(run_dir: Path, cfg: WandbConfig, config: dict) -> Any:
+    """Start or continue the W&B run of this run folder; None when disabled. No server in time: a warning, then offline."""
+    mode = cfg.mode
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "disabled":
+        return None
+    import wandb  # takes seconds to import
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    settings = {
+        "dir": str(run_dir),
+        "project": cfg.project,
+        "name": cfg.name or run_dir.name,
+        "group": cfg.group or None,
+        "id": id_file.read_text(encoding="utf-8").strip(),
+        "config": config,
+    }
+    run = _online(wandb, settings, cfg.init_timeout_seconds) if mode == "online" else None
+    if run is None:
+        run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **settings)
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def _online(wandb: Any, settings: dict, timeout: float) -> Any:
+    """Return an online run, or None and a warning. W&B retries for minutes where nothing answers, hence the thread."""
+    result: list[Any] = []
+
+    def connect() -> None:
+        try:
+            quiet = wandb.Settings(silent=True, init_timeout=timeout)
+            result.append(wandb.init(mode="online", resume="allow", settings=quiet, **settings))
+        except Exception as error:  # whatever W&B raises, a run must not die of its log
+            result.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout + 5)
+    if result and not isinstance(result[0], Exception):
+        return result[0]
+    reason = result[0] if result else f"no answer within {timeout:.0f} s"
+    log.warning(
+        f"W&B is not reachable ({reason}); logging offline, upload later with `wandb sync {settings['dir']}/wandb/*`"
+    )
+    return None

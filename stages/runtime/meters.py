@@ -1,0 +1,81 @@
+"""Sums between two log lines, and the named metrics that they give. Averages are sums over sums, never means of means."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from .engine import StepResult, add_metrics
+from .world import World
+
+T = TypeVar("T")
+
+
+class Meters:
+    """Collects steps since the last reading. Sums of the loss stay on the device until they are read."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.reset()
+
+    def reset(self) -> None:
+        self.start = time.perf_counter()
+        self.waiting = self.count = self.seconds = self.padded_seconds = 0.0
+        self.sums: dict[str, tuple[Any, Any]] = {}
+        self.grad_norm = 0.0
+
+    def waited(self, steps: Iterator[T]) -> Iterator[T]:
+        """Yield the same items, adding up the time spent waiting for them."""
+        while True:
+            before = time.perf_counter()
+            item = next(steps, None)
+            self.waiting += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def add(self, result: StepResult, agreed: Any) -> None:
+        """Count one step. A step that was dropped counts as time and audio, not in the loss."""
+        self.seconds += agreed.seconds
+        self.padded_seconds += agreed.padded_seconds
+        self.count += agreed.count
+        if result.applied:
+            # The global count is known already: rank 0 alone brings it, so that the sum over ranks is right.
+            count = agreed.count if self.world.is_main else 0.0
+            add_metrics(self.sums, {"loss": (result.loss_sum, count), **result.metrics})
+            self.grad_norm = result.grad_norm
+
+    def read(self) -> dict[str, float]:
+        """Return train/* since the last reading, over all ranks, and start anew."""
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        values = mean_metrics(self.sums, world=self.world)
+        metrics = {f"train/{name}": value for name, value in values.items()}
+        metrics |= {
+            "train/grad_norm": self.grad_norm,
+            "train/tokens_per_s": self.count / elapsed,
+            "train/audio_hours_per_s": self.seconds / 3600 / elapsed,
+            "train/padding_frac_audio": 1 - self.seconds / self.padded_seconds if self.padded_seconds else 0.0,
+            "train/data_wait_frac": min(1.0, self.waiting / elapsed),
+            "train/mem_peak_gb": peak_memory_gb(),
+        }
+        self.reset()
+        return metrics
+
+
+def mean_metrics(sums: dict[str, tuple[Any, Any]], *, world: World) -> dict[str, float]:
+    """Return {name: sum over ranks / count over ranks}; names that only some ranks know are fine. All ranks must call it."""
+    total: dict[str, tuple[float, float]] = {}
+    for share in world.gather({name: (float(value), float(count)) for name, (value, count) in sums.items()}):
+        add_metrics(total, share)
+    return {name: value / count for name, (value, count) in sorted(total.items()) if count}
+
+
+def peak_memory_gb() -> float:
+    """This process's peak memory: of the GPU where there is one, else of the host (Linux counts it in KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,105 @@
+"""What a user sets about training, as typed and validated values; `ds_config.py` turns it into DeepSpeed's JSON.
+
+Batch sizes are seconds of audio, so they mean the same on any number of processes. One optimizer step consumes M planned
+micro-batches, M = round(global_batch_seconds / micro_batch_seconds), whatever the number of ranks R (R must divide M).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ZERO_STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "constant")
+RESUME_MODES = ("auto", "never")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+def require_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise ValueError naming the field, its value and what it may be."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases: `auto` is online with WANDB_API_KEY in the environment, else offline."""
+
+    mode: str = "auto"
+    project: str = "seedling"
+    name: str = ""
+    group: str = ""
+    init_timeout_seconds: float = 20.0
+
+    def __post_init__(self):
+        require_choice("train.wandb.mode", self.mode, WANDB_MODES)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. Exactly one of `max_steps` and `epochs` says when it ends; steps are optimizer steps."""
+
+    max_steps: int = 0
+    epochs: int = 0
+    micro_batch_seconds: float = 60.0
+    global_batch_seconds: float = 60.0
+    zero_stage: int = 0
+    precision: str = "fp32"
+    lr: dict[str, float] = field(default_factory=dict)
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    dry_run: bool = True
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 500
+    keep_last: int = 2
+    num_workers: int = 0
+    max_bad_fraction: float = 0.01
+    max_nonfinite_steps: int = 10
+    resume: str = "auto"
+    deepspeed_extra: dict[str, Any] = field(default_factory=dict)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self):
+        require_choice("train.zero_stage", self.zero_stage, ZERO_STAGES)
+        require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.schedule", self.schedule, SCHEDULES)
+        require_choice("train.resume", self.resume, RESUME_MODES)
+        for name in ("micro_batch_seconds", "global_batch_seconds", "log_every", "keep_last"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.global_batch_seconds < self.micro_batch_seconds:
+            raise ValueError(
+                f"train.global_batch_seconds ({self.global_batch_seconds}) is less than train.micro_batch_seconds "
+                f"({self.micro_batch_seconds}); lower the latter to at most the former"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """M: planned micro-batches that one optimizer step consumes over all ranks."""
+        return max(1, round(self.global_batch_seconds / self.micro_batch_seconds))
+
+    @property
+    def effective_zero_stage(self) -> int:
+        """bf16 without ZeRO keeps no fp32 master weights in DeepSpeed and drifts, so it runs at stage 1 (same results as 0)."""
+        return max(1, self.zero_stage) if self.precision == "bf16" else self.zero_stage
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """M / R: micro-batches of a step on each of R ranks; ValueError with the way out if R does not divide M."""
+        M = self.micro_batches
+        if M % world_size:
+            shares = ", ".join(str(r) for r in range(1, M + 1) if M % r == 0)
+            whole = -(-M // world_size) * world_size
+            raise ValueError(
+                f"train.global_batch_seconds ({self.global_batch_seconds:g}) / train.micro_batch_seconds "
+                f"({self.micro_batch_seconds:g}) = {M} micro-batches per step, which {world_size} processes cannot share "
+                f"evenly; start {shares} processes, or set train.global_batch_seconds="
+                f"{whole * self.micro_batch_seconds:g} ({whole} micro-batches)"
+            )
+        return M // world_size

@@ -1,0 +1,350 @@
+"""The one training loop. Read `Trainer.fit` and `Trainer.train_step`: the order in them is the whole of it.
+
+Every rank runs the same steps, by construction of the plan. Before each step the ranks add up a few numbers on the CPU (the
+loss's normaliser, seconds, bad utterances, requests to stop), so that all agree on the step, and on the step after which to stop.
+SIGTERM and SIGINT finish the step, write a checkpoint and leave with exit code 75 (EX_TEMPFAIL: start again to go on).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...data.plan import Cursor
+from .artifacts import Artifact, ArtifactWriter, load_artifact, load_inputs
+from .checkpoint import (
+    SHARDS,
+    TrainState,
+    check_resumable,
+    find_checkpoint,
+    list_checkpoints,
+    load_state,
+    save_checkpoint,
+)
+from .engine import Engine, StepResult
+from .feed import FedStep, feed
+from .logs import RunLog
+from .meters import Meters, mean_metrics, peak_memory_gb
+from .parameters import format_table, numel, parameter_table
+from .schedule import lr_factor
+from .signals import Interrupted, StopRequest
+from .stage import RunStage, TrainingStage
+from .world import World, init_world
+
+log = logging.getLogger(__name__)
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step before it runs, summed over them."""
+
+    count: float
+    seconds: float
+    padded_seconds: float
+    utterances: float
+    bad: float
+    stop: float
+
+
+class Trainer:
+    """One run of a training stage on this rank. `fit` trains to the end; `export` writes the artifact."""
+
+    def __init__(self, stage: TrainingStage, cfg: Any, *, run_dir: Path, world: World):
+        self.stage, self.cfg, self.train, self.run_dir, self.world = stage, cfg, cfg.train, run_dir, world
+        self.train.accumulation_steps(world.size)  # before anything slow
+        torch.manual_seed(cfg.seed)
+        self.inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)
+        model = stage.build(cfg, self.inputs)
+        self.data = stage.batches(cfg, "train")
+        valid = stage.batches(cfg, "valid")
+        self.valid = valid if isinstance(valid, dict) else {"dev": valid} if valid else {}
+        self.summary = self.data.plan.summary(0)
+        self.total_steps = self._total_steps()
+        self.engine = Engine(stage, model, self.train, world=world, seed=cfg.seed)
+        self.state = TrainState(
+            data_fingerprint=self.data.plan.fingerprint,
+            frozen_digests=world.gather(self.engine.frozen_digest()),
+            config=asdict(cfg),
+            world_size=world.size,
+            zero_stage=self.engine.zero_stage,
+        )
+        self.latest_metrics: dict[str, float] = {}
+        self.evaluated_step = -1
+
+    def fit(self) -> None:
+        """Train from the newest checkpoint, or from the beginning, to the last step."""
+        self.resume()
+        self.meters = Meters(self.world)
+        with closing(self._open_log()) as self.log, StopRequest() as self.stop:
+            self.announce()
+            self.dry_run()
+            for fed in self.meters.waited(self.steps()):
+                agreed = self.agree(fed)
+                result = self.train_step(fed, agreed)
+                self.count_step(fed, agreed, result)
+                if self.due(self.train.log_every):
+                    self.log.metrics(self.state.step, self.train_metrics())
+                if self.due(self.train.eval_every):
+                    self.evaluate()
+                if self.due(self.train.save_every) or agreed.stop:
+                    self.save()
+                if agreed.stop:
+                    raise Interrupted(
+                        f"stopped on request after step {self.state.step}; start again to go on from there"
+                    )
+            self.check_frozen()
+            if self.evaluated_step != self.state.step:
+                self.evaluate()
+
+    def train_step(self, fed: FedStep, agreed: Agreed) -> StepResult:
+        """Forward and backward of this rank's micro-batches, clip, step; a step that is not finite changes nothing."""
+        self.engine.set_lr(lr_factor(self.state.step, total_steps=self.total_steps, cfg=self.train))
+        batches = [batch.to(self.world.device) for batch in fed.batches]
+        result = self.engine.step(batches, agreed.count)
+        self.state.step += 1
+        if not result.applied:
+            self.skip(batches, agreed)
+        if self.state.step == 1:
+            self.check_frozen()
+        return result
+
+    def agree(self, fed: FedStep) -> Agreed:
+        """Sum what the ranks must agree on, and stop the run where the data are too bad."""
+        mine = Agreed(
+            count=sum(self.stage.count(batch) for batch in fed.batches),
+            seconds=sum(batch.seconds for batch in fed.batches),
+            padded_seconds=sum(batch.seconds / (1 - batch.padding) for batch in fed.batches),
+            utterances=sum(len(batch) for batch in fed.batches),
+            bad=sum(len(batch.bad) for batch in fed.batches),
+            stop=self.stop.requested,
+        )
+        for bad in (bad for batch in fed.batches for bad in batch.bad):
+            log.warning(f"bad utterance: {bad}")
+        agreed = Agreed(*self.world.sum([float(x) for x in mine]))
+        self.state.bad_utterances += int(agreed.bad)
+        # Judged against a thousand utterances or an epoch at least, or one bad utterance in the first batch would be 10 %.
+        seen = max(self.state.samples_seen, min(1000, self.summary.utterances))
+        if self.state.bad_utterances > self.train.max_bad_fraction * seen:
+            raise ValueError(
+                f"{self.state.bad_utterances} of {seen} utterances were unusable, more than train.max_bad_fraction="
+                f"{self.train.max_bad_fraction} (each is named in the log above); repair the data (`seedling check-data`) or "
+                "raise the limit"
+            )
+        return agreed
+
+    def steps(self) -> Iterator[FedStep]:
+        """Planned steps with this rank's batches, from where the run stands to its last step."""
+        remaining = self.total_steps - self.state.step
+        if remaining > 0:
+            cursor = Cursor.from_dict(self.state.cursor) if self.state.cursor else None
+            fed = feed(self.data, world=self.world, num_workers=self.train.num_workers, cursor=cursor)
+            yield from islice(fed, remaining)
+
+    def due(self, every: int) -> bool:
+        return every > 0 and (self.state.step % every == 0)
+
+    def count_step(self, fed: FedStep, agreed: Agreed, result: StepResult) -> None:
+        """Move the run's state past a step, the same on every rank."""
+        self.state.cursor = fed.planned.cursor.to_dict()
+        self.state.epoch = fed.planned.micro_batches[0].epoch
+        self.state.samples_seen += int(agreed.utterances)
+        self.meters.add(result, agreed)
+        utterances = [pair for micro_batch in fed.planned.micro_batches for pair in micro_batch.utterances]
+        self.log.advance(self.state.step, epoch=self.state.epoch, utterances=utterances)
+
+    def skip(self, batches: list[Any], agreed: Agreed) -> None:
+        """A step was dropped: name the utterances to blame, and stop the run when it happens too often."""
+        self.state.nonfinite_steps += 1
+        blames = [b for share in self.world.gather(self.engine.blame(batches, agreed.count)) for b in share]
+        where = (
+            "; ".join(f"{b.where} of {', '.join(b.keys)}" for b in blames) or "no single micro-batch (sum overflowed)"
+        )
+        message = f"step {self.state.step} skipped, not finite: {where}"
+        if self.state.nonfinite_steps > self.train.max_nonfinite_steps:
+            raise ValueError(
+                f"{message}. That is {self.state.nonfinite_steps} such steps, more than train.max_nonfinite_steps="
+                f"{self.train.max_nonfinite_steps}; look at these utterances, lower train.lr, or raise the limit"
+            )
+        self.log.say(message)
+
+    def train_metrics(self) -> dict[str, float]:
+        factor = lr_factor(self.state.step - 1, total_steps=self.total_steps, cfg=self.train)
+        rates = {name: self.train.lr[name] * factor for name in self.engine.groups}
+        return self.meters.read() | {
+            "train/lr": max(rates.values()),
+            **{f"train/lr/{name}": rate for name, rate in rates.items()},
+            "train/samples_seen": self.state.samples_seen,
+            "train/epoch": self.state.epoch,
+            "train/nonfinite_steps": self.state.nonfinite_steps,
+            "train/bad_utterances": self.state.bad_utterances,
+        }
+
+    def evaluate(self) -> None:
+        """Evaluate every validation set on the model as it is, each rank on its share of the batches."""
+        values = {}
+        for name, data in self.valid.items():
+            with self.engine.evaluating() as model:
+                fed = feed(data, world=self.world, num_workers=self.train.num_workers, epochs=1)
+                sums = self.stage.evaluate(model, (b.to(self.world.device) for step in fed for b in step.batches))
+            means = mean_metrics(sums, world=self.world)
+            values |= {f"valid/{name}/{metric}": value for metric, value in means.items()}
+        if values:
+            self.latest_metrics = values
+            self.evaluated_step = self.state.step
+            self.log.metrics(self.state.step, values)
+            self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one and train.resume allows it."""
+        if self.train.resume == "never":
+            if self.world.is_main:
+                for old in list_checkpoints(self.checkpoints):
+                    log.warning(f"train.resume=never: deleting {old}")
+                    shutil.rmtree(old)
+            self.world.barrier()
+            return
+        checkpoint = find_checkpoint(self.checkpoints, world=self.world)
+        if checkpoint is None:
+            return
+        state = load_state(checkpoint)
+        changes = check_resumable(state, self.state, checkpoint=checkpoint)
+        self.engine.load(str(checkpoint), SHARDS)
+        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "config", "world_size")}
+        self.state = replace(state, **kept)
+        if self.world.is_main:
+            at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()
+            print(
+                f"resuming from {checkpoint}: step {state.step + 1} of {self.total_steps}, epoch {at.epoch}, step {at.step} "
+                f"in it, after {state.samples_seen} utterances"
+            )
+            for change in changes:
+                log.warning(f"config changed since the checkpoint: {change}")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def save(self) -> None:
+        save_checkpoint(
+            self.checkpoints,
+            self.state,
+            save_shards=self.engine.save,
+            world=self.world,
+            keep_last=self.train.keep_last,
+        )
+
+    def announce(self) -> None:
+        """Say what is about to be trained on what."""
+        plan, M = self.summary, self.train.micro_batches
+        self.log.say(format_table(parameter_table(self.engine.model, self.engine.groups, self.train.lr)))
+        self.log.say(
+            f"data: {plan.utterances} utterances, {plan.seconds / 3600:.3g} h, {plan.steps} steps an epoch of {M} micro-batches, "
+            f"padding {plan.padding_fraction:.1%}, refused {plan.num_refused}; {self.total_steps} steps on {self.world.size} "
+            f"x {self.world.device.type}, {self.train.precision}, ZeRO {self.engine.zero_stage}"
+        )
+        if self.engine.zero_stage != self.train.zero_stage:
+            self.log.say("train.zero_stage=0 with bf16 has no fp32 master weights in DeepSpeed: running at stage 1")
+        for name in sorted(set(self.train.lr) - set(self.engine.groups)):
+            self.log.say(f"train.lr.{name} has no effect: no trainable parameter is in that group")
+
+    def dry_run(self) -> None:
+        """Run the largest planned micro-batch before step 1, so that what does not fit into memory fails now."""
+        if not self.train.dry_run:
+            return
+        batch = self.data.dataset[self.summary.largest].to(self.world.device)
+        took = self.engine.dry_run(batch)
+        self.log.say(
+            f"dry run of the largest micro-batch: {len(batch)} utterances, {batch.seconds:.1f} s of audio, {took:.2f} s, peak "
+            f"{peak_memory_gb():.2f} GB"
+        )
+
+    def check_frozen(self) -> None:
+        """Frozen means bit-identical, without gradient, and unknown to the optimizer."""
+        mine = self.engine.frozen_digest()
+        if mine != self.state.frozen_digests[self.world.rank]:
+            raise AssertionError(f"rank {self.world.rank}: frozen parameters changed by step {self.state.step}")
+
+    def export(self) -> Artifact:
+        """Write RUN/artifact from the weights as they are; all ranks take part, rank 0 writes."""
+        writer = ArtifactWriter(
+            self.run_dir / "artifact",
+            kind=self.stage.produces,
+            stage=self.cfg.stage,
+            inputs=self.inputs,
+            config=asdict(self.cfg),
+            metrics=self.latest_metrics,
+            facts={
+                "steps": self.state.step,
+                "samples_seen": self.state.samples_seen,
+                "data_fingerprint": self.state.data_fingerprint,
+                "parameters": sum(map(numel, self.engine.model.parameters())),
+                "trainable_parameters": sum(map(numel, self.engine.trainable)),
+            },
+        )
+        with self.engine.whole_model() as model:
+            if self.world.is_main:
+                self.stage.export(model, writer.start())
+                writer.finish()
+            self.world.barrier()
+        return load_artifact(writer.target, verify=False)
+
+    def _total_steps(self) -> int:
+        cfg = self.train
+        if bool(cfg.max_steps) == bool(cfg.epochs):
+            raise ValueError(
+                f"train.max_steps is {cfg.max_steps} and train.epochs is {cfg.epochs}; set exactly one of them above 0"
+            )
+        if cfg.max_steps:
+            return cfg.max_steps
+        rest = (self.data.plan.summary(epoch).steps for epoch in range(1, cfg.epochs))
+        return self.summary.steps + sum(rest)
+
+    def _open_log(self) -> RunLog:
+        return RunLog(
+            self.run_dir,
+            cfg=self.train.wandb,
+            is_main=self.world.is_main,
+            step=self.state.step,
+            total_steps=self.total_steps,
+            config=asdict(self.cfg),
+        )
+
+
+def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path:
+    """Train `stage` to its artifact, RUN/artifact, going on from RUN/checkpoints where they are. Call it on every rank.
+
+    Raises ValueError for the user's mistakes, and Interrupted (a SystemExit with code 75) after a checkpoint on request.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(stage, cfg, run_dir=run_dir, world=init_world())
+    trainer.fit()
+    return trainer.export().path
+
+
+def run_computation(stage: RunStage, cfg: Any, *, run_dir: str | Path) -> Path:
+    """Run a stage without gradients to its artifact, RUN/artifact. Call it on every rank; all write into one staging folder."""
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    world = init_world()
+    inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)
+    writer = ArtifactWriter(
+        run_dir / "artifact", kind=stage.produces, stage=cfg.stage, inputs=inputs, config=asdict(cfg)
+    )
+    if world.is_main:
+        writer.start()
+    world.barrier()
+    torch.manual_seed(cfg.seed)
+    stage.run(cfg, inputs, writer)
+    world.barrier()
+    if world.is_main:
+        writer.finish()
+    world.barrier()
+    return writer.target

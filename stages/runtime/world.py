@@ -1,0 +1,95 @@
+"""The processes of one job: who am I, on which device, and how small facts travel between ranks.
+
+Gradients go through DeepSpeed (NCCL on GPUs). Counts, stop requests and names go through gloo on the CPU, so that agreeing on
+a step never makes the host wait for the GPU's queue.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank `rank` of `size`; `control` is the gloo group for small facts, None for a process on its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return the element-wise sum over ranks (float64: exact for counts)."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.control)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def init_world() -> World:
+    """Join the job that RANK and WORLD_SIZE describe, or be one of one. Further calls return the same group."""
+    if "RANK" not in os.environ:
+        # DeepSpeed asks for mpi4py when these are missing.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({**alone, "MASTER_PORT": str(free_port())})
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    size = dist.get_world_size()
+    return World(dist.get_rank(), size, device, _control_group() if size > 1 else None)
+
+
+_CONTROL: list[Any] = []
+
+
+def _control_group() -> Any:
+    if not _CONTROL:
+        _CONTROL.append(dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+    return _CONTROL[0]
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without its greetings and without the op that it would compile for a minute and only serving uses."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed still calls collectives by their old names: a warning per call site that no user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    return deepspeed

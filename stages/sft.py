@@ -1,0 +1,160 @@
+"""sft: supervised fine-tuning of the audio-conditioned LLM on pairs of speech and transcript.
+
+Encoder and converter learn, the LLM stays fixed (Seed-ASR, section on SFT), unless `llm_training` says `lora` or `full`.
+Starts from a pretrained encoder and an LLM folder, or goes on from a finished recogniser (`inputs.acllm`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..data.audio_sets import AudioDataConfig
+from ..data.batches import PlannedBatches
+from ..data.loader import AudioBatch
+from ..data.scoring import count_errors, get_normalizer
+from ..model.audio_llm import AudioLLM
+from ..model.augment import SpecAugmentConfig
+from ..model.conformer import ConformerConfig, ConformerEncoder
+from ..model.converter import ConverterConfig
+from ..model.decoding import DecodeConfig
+from ..model.features import Fbank, FeatureConfig
+from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
+from ..model.prompt import PromptConfig, tokenize
+from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
+from .runtime.config import StageConfig
+from .runtime.stage import StepOutput
+from .runtime.train_config import require_choice
+
+LLM_TRAINING = ("frozen", "lora", "full")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(StageConfig):
+    data: AudioDataConfig = field(default_factory=AudioDataConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    specaugment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    encoder: ConformerConfig = field(default_factory=ConformerConfig)
+    converter: ConverterConfig = field(default_factory=ConverterConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    llm_training: str = "frozen"
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=16))
+    ctc_weight: float = 0.0  # of the auxiliary CTC loss on the encoder; 0 builds no CTC head
+    cmvn_batches: int = 20  # micro-batches of training audio that the features' mean and variance are taken from
+    normalizer: str = "basic"  # for the error rate during training
+
+    def __post_init__(self):
+        require_choice("llm_training", self.llm_training, LLM_TRAINING)
+        if self.llm_training == "lora" and self.lora.r == 0:
+            raise ValueError("llm_training is lora and lora.r is 0; set the rank, as lora.r=16, or llm_training=frozen")
+
+
+class SFT:
+    """Cross-entropy of the transcript given [instruction | speech], plus an optional CTC loss on the encoder."""
+
+    consumes = {
+        "encoder": ArtifactSpec("speech_encoder", required=False),
+        "llm": ArtifactSpec("llm", required=False, foreign=True),
+        "acllm": ArtifactSpec("acllm", required=False),
+    }
+    produces = "acllm"
+    Config = SFTConfig
+
+    def build(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
+        self.cfg, self.normalize = cfg, get_normalizer(cfg.normalizer)
+        model = self._continued(inputs) if "acllm" in inputs else self._fresh(cfg, inputs)
+        self.tokenizer = model.processor.tokenizer
+        if cfg.llm_training == "lora":
+            add_lora(model.llm, cfg.lora)
+        return model
+
+    def _continued(self, inputs: dict[str, Artifact]) -> AudioLLM:
+        others = sorted(set(inputs) - {"acllm"})
+        if others:
+            raise ValueError(f"inputs.acllm already holds an encoder and an LLM; leave out inputs.{others[0]}")
+        return AudioLLM.from_pretrained(inputs["acllm"].path)
+
+    def _fresh(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
+        if "llm" not in inputs:
+            raise ValueError("sft needs an LLM: set inputs.llm to a Hugging Face folder, or inputs.acllm to go on from one")
+        fbank = Fbank(cfg.features)
+        fbank.estimate_cmvn(self._some_audio(cfg))
+        return AudioLLM.assemble(
+            encoder=ConformerEncoder(cfg.encoder),
+            llm=load_llm(inputs["llm"].path, dtype=torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16),
+            tokenizer=load_tokenizer(inputs["llm"].path),
+            fbank=fbank,
+            converter=cfg.converter,
+            specaugment=cfg.specaugment,
+            prompts=cfg.prompts,
+            ctc=cfg.ctc_weight > 0,
+        )
+
+    def _some_audio(self, cfg: SFTConfig) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """The first planned micro-batches: the same on every rank, so that all have the same features."""
+        data = self.batches(cfg, "train")
+        left = cfg.cmvn_batches
+        for step in data.plan.steps(epochs=1):
+            for micro_batch in step.micro_batches[:left]:
+                batch = data.dataset[micro_batch]
+                yield batch.waveforms_BN, batch.lengths_B
+            left -= len(step.micro_batches)
+            if left <= 0:
+                return
+
+    def trainable(self, parameter_name: str) -> str | None:
+        part = parameter_name.split(".")[0]
+        if part != "llm":
+            return part
+        if self.cfg.llm_training == "lora":
+            return "lora" if "lora_" in parameter_name else None
+        return "llm" if self.cfg.llm_training == "full" else None
+
+    def batches(self, cfg: SFTConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:
+        limits = {
+            "micro_batch_seconds": cfg.train.micro_batch_seconds,
+            "micro_batches": cfg.train.micro_batches,
+            "sample_rate": cfg.features.sample_rate,
+            "require_text": True,
+        }
+        if split == "train":
+            return cfg.data.training(seed=cfg.seed, **limits)
+        return cfg.data.validation(**limits)
+
+    def count(self, batch: AudioBatch) -> int:
+        return sum(len(ids) + 1 for ids in self._tokenize(batch))
+
+    def loss(self, model: nn.Module, batch: AudioBatch) -> StepOutput:
+        out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
+        metrics = {"nll": (out.loss_sum.detach(), out.count), "token_acc": (out.correct, out.count)}
+        loss_sum = out.loss_sum
+        if out.ctc is not None:
+            loss_sum = loss_sum + self.cfg.ctc_weight * out.ctc.loss_sum
+            metrics["ctc_loss"] = (out.ctc.loss_sum.detach(), out.count)
+            metrics["ctc_too_short_frac"] = (out.ctc.too_short, len(batch))
+        return StepOutput(loss_sum, metrics)
+
+    @torch.no_grad()
+    def evaluate(self, model: AudioLLM, batches: Iterable[AudioBatch]) -> dict[str, tuple[float, float]]:
+        """Loss and greedy word error rate."""
+        sums = {"loss": [0.0, 0], "wer": [0.0, 0]}
+        for batch in batches:
+            out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
+            sums["loss"][0] += out.loss_sum.item()
+            sums["loss"][1] += out.count
+            for best, reference in zip(
+                model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig()), batch.texts
+            ):
+                hypothesis = model.processor.decode(best[0].ids)
+                errors = count_errors(self.normalize(reference), self.normalize(hypothesis), unit="word")
+                sums["wer"][0] += errors.errors
+                sums["wer"][1] += errors.reference_tokens
+        return {name: tuple(pair) for name, pair in sums.items()}
+
+    def export(self, model: AudioLLM, writer: ArtifactWriter) -> None:
+        model.save_pretrained(writer.path)
+        writer.facts["feature_fingerprint"] = model.fbank.fingerprint()
+
+    def _tokenize(self, batch: AudioBatch) -> list[list[int]]:
+        return [tokenize(self.tokenizer, text) for text in batch.texts]

@@ -1,0 +1,118 @@
+"""The recogniser: an acllm artifact as a Python object that turns files or arrays into text.
+
+    recogniser = seedling.load("runs/demo/sft/artifact")
+    recogniser.transcribe(["a.wav", "b.mp3"])[0].text
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.audio import read_audio
+from ..model.audio_llm import AudioLLM
+from ..model.decoding import DecodeConfig
+from .runtime.artifacts import load_artifact
+
+# Root mean square of the loudest 25 ms, full scale 1: -66 dBFS. Recorded speech, even far away, lies well above; below is
+# digital silence and the noise of an open input, to which a language model would otherwise add words.
+SILENCE_RMS = 5e-4
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was heard in one piece of audio; `nbest` are the (text, score) of the other hypotheses too, best first."""
+
+    text: str
+    score: float
+    seconds: float
+    nbest: tuple[tuple[str, float], ...] = ()
+
+
+class Recogniser:
+    """A model with its processor, on one device."""
+
+    def __init__(self, model: AudioLLM, *, batch_seconds: float = 120.0):
+        self.model, self.processor, self.batch_seconds = model.eval(), model.processor, batch_seconds
+
+    @property
+    def sample_rate(self) -> int:
+        return self.processor.sample_rate
+
+    def transcribe(
+        self,
+        audio: Sequence[str | Path | np.ndarray] | str | Path | np.ndarray,
+        context: str | Sequence[str | None] | None = None,
+        *,
+        beam_size: int = 1,
+        nbest: int = 1,
+    ) -> list[Transcript]:
+        """Return one transcript for each file or mono float array at `sample_rate`, in order.
+
+        `context` is one text for all or one for each. Silence gives empty text. AudioError names an unreadable file.
+        """
+        items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
+        contexts = [context] * len(items) if context is None or isinstance(context, str) else list(context)
+        if len(contexts) != len(items):
+            raise ValueError(f"{len(items)} pieces of audio and {len(contexts)} contexts; give one context, or one each")
+        waveforms = [self._waveform(item) for item in items]
+        found: dict[int, Transcript] = {
+            i: Transcript("", 0.0, len(w) / self.sample_rate) for i, w in enumerate(waveforms) if is_silent(w, self.sample_rate)
+        }
+        config = DecodeConfig(beam_size=beam_size, nbest=nbest)
+        for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
+            found.update(self._decode(group, waveforms, contexts, config))
+        return [found[i] for i in range(len(items))]
+
+    def _waveform(self, item: str | Path | np.ndarray) -> np.ndarray:
+        if isinstance(item, (str, Path)):
+            return read_audio(item, sample_rate=self.sample_rate)
+        waveform = np.asarray(item, dtype=np.float32)
+        if waveform.ndim != 1 or not len(waveform):
+            raise ValueError(f"audio of shape {waveform.shape}; give mono arrays [N] with at least one sample")
+        return waveform
+
+    def _groups(self, indexes: list[int], waveforms: list[np.ndarray]) -> list[list[int]]:
+        """Put utterances of like length together, at most `batch_seconds` of padded audio in one."""
+        groups: list[list[int]] = []
+        for i in sorted(indexes, key=lambda i: len(waveforms[i]), reverse=True):
+            longest = len(waveforms[groups[-1][0]]) / self.sample_rate if groups else 0.0
+            if groups and longest * (len(groups[-1]) + 1) <= self.batch_seconds:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def _decode(
+        self, group: list[int], waveforms: list[np.ndarray], contexts: list[str | None], config: DecodeConfig
+    ) -> dict[int, Transcript]:
+        inputs = self.processor(audio=[waveforms[i] for i in group], context=[contexts[i] for i in group])
+        device = self.model.device
+        nbests = self.model.transcribe_ids(
+            inputs["waveforms"].to(device), inputs["lengths"].to(device), contexts_ids=inputs["contexts_ids"], config=config
+        )
+        found = {}
+        for i, hypotheses in zip(group, nbests):
+            texts = tuple((self.processor.decode(h.ids), h.score) for h in hypotheses)
+            found[i] = Transcript(*texts[0], seconds=len(waveforms[i]) / self.sample_rate, nbest=texts)
+        return found
+
+
+def is_silent(waveform: np.ndarray, sample_rate: int) -> bool:
+    """Whether no 25 ms of it are louder than SILENCE_RMS."""
+    window = sample_rate // 40
+    padded = np.pad(waveform, (0, -len(waveform) % window)).reshape(-1, window)
+    return bool(np.sqrt(np.square(padded).mean(axis=1)).max() < SILENCE_RMS)
+
+
+def load(artifact: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Recogniser:
+    """Open an acllm artifact (its folder, or its run's) as a recogniser, on a GPU where there is one."""
+    folder = Path(artifact)
+    if not (folder / "manifest.json").is_file() and (folder / "artifact" / "manifest.json").is_file():
+        folder = folder / "artifact"
+    load_artifact(folder, kind="acllm", wanted_by="seedling.load")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return Recogniser(AudioLLM.from_pretrained(folder, dtype=dtype).to(device))

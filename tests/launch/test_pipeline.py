@@ -1,0 +1,200 @@
+"""Pipelines: steps are real processes, unchanged ones are skipped, a failing one stops the rest with its exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from seedling.launch.fingerprint import fingerprint, paths_in
+from seedling.launch.pipeline import run_pipeline, shown
+from seedling.launch.pipeline_config import load_pipeline, yaml_argument
+from seedling.stages.runtime.config import ConfigError, parse_override
+
+HERE = Path(__file__).parent
+TWO_STEPS = """
+name: toy
+run_dir: runs/toy
+steps:
+  - {name: one, stage: "toy_stages:Count", config: count}
+  - {name: two, stage: "toy_stages:Count", inputs: {first: "${one}"}, set: {number: 10}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the pipeline of TWO_STEPS, the toy stages importable here and in the steps' processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    (tmp_path / "toy.yaml").write_text(TWO_STEPS)
+    (tmp_path / "count.yaml").write_text("number: 1\n")
+    return tmp_path
+
+
+def run(*overrides: str, start: str | None = None) -> tuple[int, list[str]]:
+    """Run the toy pipeline; return its exit code and the steps that were not skipped."""
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/toy").glob("*/artifact/manifest.json")}
+    code = run_pipeline(load_pipeline("toy.yaml", overrides=overrides), start=start)
+    after = {path: path.stat().st_mtime_ns for path in Path("runs/toy").glob("*/artifact/manifest.json")}
+    return code, [
+        path.parts[2] for path in sorted(after) if before.get(path) != after[path] and "." not in path.parts[2]
+    ]
+
+
+def number(step: str) -> int:
+    return int(Path(f"runs/toy/{step}/artifact/number.txt").read_text())
+
+
+def test_steps_run_once_and_again_only_where_something_changed(folder, capfd):
+    assert run() == (0, ["one", "two"])
+    assert (number("one"), number("two")) == (1, 11)
+    summary = json.loads(Path("runs/toy/summary.json").read_text())
+    assert summary["stages"]["two"]["wer"] == 0.11 and summary["stages"]["one"]["seconds"] > 0
+    assert Path("runs/toy/report.html").read_text() == "<p>11</p>"
+    table = capfd.readouterr().out
+    assert "wer 11.00 %" in table
+
+    assert run() == (0, [])
+    assert "unchanged" in capfd.readouterr().out
+    assert json.loads(Path("runs/toy/summary.json").read_text()) == summary
+
+    assert run("two.number=20") == (0, ["two"])
+    assert number("two") == 21 and Path("runs/toy/two.1/artifact/number.txt").read_text() == "11"
+
+    # A change upstream that gives another result reaches everything below it.
+    (folder / "count.yaml").write_text("number: 5\n")
+    assert run("two.number=20") == (0, ["one", "two"])
+    assert number("two") == 25
+
+
+def test_from_forces_a_step_and_all_after_it(folder):
+    assert run()[0] == 0
+    assert run(start="two") == (0, ["two"])
+    with pytest.raises(ValueError, match="--from three: no such step; steps: one, two"):
+        run(start="three")
+
+
+def test_a_failing_step_stops_the_pipeline_with_its_code_and_says_how_to_go_on(folder, capfd):
+    code, ran = run("one.fail=mistake")
+    assert code == 2 and ran == [] and not Path("runs/toy/two").exists()
+    error = capfd.readouterr().err
+    assert "stopped at step one (exit code 2); to go on: seedling pipeline toy.yaml" in error
+    assert run() == (0, ["one", "two"])
+
+
+def test_a_deleted_output_is_made_again(folder):
+    text = 'name: toy\nrun_dir: runs/toy\nsteps:\n  - {name: one, stage: "toy_stages:Count"}\n'
+    (folder / "toy.yaml").write_text(text)
+    assert run() == (0, ["one"])
+    Path("runs/toy/one/artifact/manifest.json").unlink()
+    assert run() == (0, ["one"])
+
+
+def test_a_stopped_pipeline_stops_its_step_and_runs_nothing_more(folder):
+    command = [sys.executable, "-m", "seedling.launch.cli", "pipeline", "toy.yaml", "one.sleep_seconds=60"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stderr=subprocess.PIPE) as pipeline:
+        deadline = time.monotonic() + 60
+        while not Path("runs/toy/one/config.yaml").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        began = time.monotonic()
+        pipeline.send_signal(signal.SIGTERM)
+        assert pipeline.wait(timeout=30) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 20 and b"stopped at step one" in pipeline.stderr.read()
+    assert not Path("runs/toy/two").exists()
+
+
+def test_a_changed_file_that_a_config_names_makes_its_step_run_again(folder):
+    from seedling.launch.pipeline import digest
+
+    (folder / "words.txt").write_text("a\n")
+    step = load_pipeline("toy.yaml", overrides=["two.text=words.txt"]).steps[1]
+    before = digest(step)
+    assert digest(step) == before
+    (folder / "words.txt").write_text("b\n")
+    assert digest(step) != before
+
+
+def test_commands_get_their_arguments_options_and_output_folder(folder):
+    (folder / "data.yaml").write_text(
+        "name: data\nrun_dir: out\nsteps:\n"
+        "  - {name: corpus, command: demo-corpus, set: {hours: 0.1, lm_sentences: 5}}\n"
+        '  - {name: shards, command: prepare, args: ["${corpus}/train.jsonl"], set: {jobs: 1}}\n'
+        '  - {name: words, command: transcribe, args: [model, "${corpus}/*.wav"], set: {json: true}}\n'
+    )
+    corpus, shards, words = load_pipeline("data", overrides=["corpus.hours=0.2"]).steps
+    assert corpus.arguments == ["demo-corpus", "--out", "out/corpus", "--hours", "0.2", "--lm-sentences", "5"]
+    assert shards.arguments == ["prepare", "out/corpus/train.jsonl", "--out", "out/shards", "--jobs", "1"]
+    assert words.arguments == ["transcribe", "model", "out/corpus/*.wav", "--json"] and words.output is None
+
+
+def test_run_dir_and_environment_can_be_referred_to(folder, monkeypatch):
+    monkeypatch.setenv("SPEECH", "/some/where")
+    text = TWO_STEPS + '  - {name: p, command: prepare, args: ["${oc.env:SPEECH}/x", "${run_dir}/y"]}\n'
+    (folder / "toy.yaml").write_text(text)
+    steps = load_pipeline("toy", overrides=["run_dir=elsewhere", "nproc=2", "two.nproc=3"]).steps
+    assert steps[2].arguments[1:3] == ["/some/where/x", "elsewhere/y"]
+    assert [step.arguments[-1] for step in steps[:2]] == ["2", "3"]
+    assert "inputs.first=elsewhere/one/artifact" in steps[1].arguments
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("${one}", "${oen}", "step two: ${oen} is no earlier step with an output; nearest: ${one}"),
+        ("${one}", "${two}", "step two: ${two} is no earlier step"),
+        ("${one}", "${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE is not set"),
+        ("number: 10", "numbr: 10", "step two: override numbr=10: unknown key; nearest valid key: number"),
+        ("number: 10", "number: -10", "number (-10) must not be negative"),
+        ("inputs:", "input:", "steps[1].input"),
+        ('stage: "toy_stages:Count", inputs', "command: prepaer, inputs", "command = prepaer: choose one of"),
+        ("name: two", "name: one", "one appears twice"),
+        ("name: two", "name: a/b", "step a/b: a name has letters"),
+        ("config: count", "config: cuont", "cuont: no such file"),
+        ("steps:", "stepz:", "nearest valid key: steps"),
+    ],
+)
+def test_mistakes_anywhere_are_found_before_the_first_step(folder, old, new, said):
+    assert old in TWO_STEPS
+    (folder / "toy.yaml").write_text(TWO_STEPS.replace(old, new))
+    with pytest.raises((ConfigError, FileNotFoundError)) as caught:
+        load_pipeline("toy.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_override_for_a_step_that_is_not_there_names_the_nearest(folder):
+    with pytest.raises(ConfigError, match="nearest step: two"):
+        load_pipeline("toy.yaml", overrides=["tow.number=1"])
+    with pytest.raises(ConfigError, match="expected STEP.key=value"):
+        load_pipeline("toy.yaml", overrides=["number=1"])
+
+
+@pytest.mark.parametrize(
+    "value", ["plain/path", "no", "1e3", "null", "a: b", "a = b", "", " x", "[1]", "é", {"a": 1}, 1.5]
+)
+def test_values_survive_the_way_through_a_command_line(value):
+    assert parse_override(f"key={yaml_argument(value)}").values["key"] == value
+
+
+def test_fingerprints_follow_content_and_paths_are_told_from_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "llm", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "corpus/a.index.npy").write_bytes(b"1")
+    (tmp_path / "corpus/a.tar").write_bytes(b"x")
+    before = fingerprint("corpus")
+    (tmp_path / "corpus/a.tar").write_bytes(b"touched, index unchanged")
+    assert fingerprint("corpus") == before != fingerprint("llm")
+    (tmp_path / "corpus/a.index.npy").write_bytes(b"2")
+    assert fingerprint("corpus") != before and fingerprint("nowhere") == "absent"
+    values = {"data": ["./corpus", "./*llm"], "word": "model", "n": 1, "absent": "no/where"}
+    assert list(paths_in(values)) == ["./corpus", "./llm"]
+
+
+def test_rates_are_shown_in_percent():
+    assert shown("wer", 0.1234) == shown("wer_low", 0.1234) == "12.34 %"
+    assert shown("rtf", 0.1234) == "0.1234" and shown("utterances", 12345) == "12,345"

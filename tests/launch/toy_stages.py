@@ -1,0 +1,49 @@
+"""Two stages without audio or models, for tests of the command line: they are named `toy_stages:Count` and so on."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+from seedling.stages.runtime.artifacts import ArtifactSpec
+from seedling.stages.runtime.config import StageConfig
+
+
+@dataclass
+class CountConfig(StageConfig):
+    number: int = 1
+    text: str = ""
+    fail: str = ""
+    sleep_seconds: float = 0.0
+
+    def __post_init__(self):
+        if self.number < 0:
+            raise ValueError(f"number ({self.number}) must not be negative")
+
+
+class Count:
+    """Writes its number, plus those of what it consumes; appends to a log, so that a test sees how often it ran."""
+
+    consumes = {"first": ArtifactSpec("count", required=False), "second": ArtifactSpec("count", required=False)}
+    produces = "count"
+    Config = CountConfig
+
+    def run(self, cfg, inputs, writer):
+        if cfg.fail == "mistake":
+            raise ValueError("this input\ncannot be counted")
+        if cfg.fail == "bug":
+            raise RuntimeError("a bug")
+        if cfg.fail == "rank1" and os.environ["RANK"] == "1":
+            sys.exit(7)
+        time.sleep(cfg.sleep_seconds)
+        total = cfg.number + sum(int((artifact.path / "number.txt").read_text()) for artifact in inputs.values())
+        if os.environ["RANK"] == "0":
+            (writer.path / "number.txt").write_text(str(total))
+            (writer.path / "world.txt").write_text(os.environ["WORLD_SIZE"])
+            (writer.path / "report.html").write_text(f"<p>{total}</p>")
+            writer.metrics["number"] = total
+            writer.metrics["wer"] = total / 100
+
+
+class NoConfig:
+    """Not a stage: it has no Config."""
