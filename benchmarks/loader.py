@@ -257,7 +257,7 @@ def fixed_size_padding(index: SyntheticIndex, size: int) -> float:
 
 
 def lhotse_padding(index: SyntheticIndex) -> str:
-    """Padding of 30 of lhotse's dynamic buckets on the first 28,000 utterances (as many as LibriSpeech has in 100 hours)."""
+    """Padding of 30 of lhotse's dynamic buckets on the first 28,000 utterances: as many as 100 h of LibriSpeech."""
     try:
         from lhotse import CutSet, MonoCut
         from lhotse.dataset import DynamicBucketingSampler

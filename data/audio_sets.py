@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
 from .index import Corpus
 from .loader import AudioDataset
-from .plan import Plan, PlanConfig
+from .plan import Plan, PlanConfig, PlanLimits
 
 
 @dataclass
@@ -17,7 +17,7 @@ class AudioDataConfig:
 
     train: list[str] = field(default_factory=list)
     valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
-    limits: PlanConfig = field(default_factory=PlanConfig)  # max_seconds comes from train.micro_batch_seconds
+    limits: PlanLimits = field(default_factory=PlanLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def training(
@@ -27,8 +27,7 @@ class AudioDataConfig:
         if not self.train:
             raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
         corpus = Corpus.open(self.train)
-        stretch = self.augment.max_stretch
-        limits = replace(self.limits, max_seconds=micro_batch_seconds, stretch=stretch)
+        limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
         dataset = AudioDataset(
             corpus, augment=self.augment, seed=seed, sample_rate=sample_rate, require_text=require_text
         )
@@ -53,7 +52,7 @@ class AudioDataConfig:
 
 def heldout(
     folders: str | list[str],
-    limits: PlanConfig,
+    limits: PlanLimits,
     *,
     micro_batch_seconds: float,
     micro_batches: int,
@@ -62,6 +61,6 @@ def heldout(
 ) -> PlannedBatches:
     """Return one pass over shards in a fixed order, without augmentation."""
     corpus = Corpus.open(folders)
-    plain = replace(limits, max_seconds=micro_batch_seconds, stretch=1.0, shuffle=False)
+    plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
     dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text)
     return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)

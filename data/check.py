@@ -137,7 +137,7 @@ def _check_utterance(group: UtteranceMembers, payload) -> tuple[Facts | None, li
     if len(several := [e for e in group.members if e in AUDIO_EXTENSIONS]) > 1:
         reasons.append(f"several audio files ({', '.join(several)}) under one key")
     meta = _check_meta(group, payload, reasons)
-    text = meta.get("text") if isinstance(meta.get("text"), str) else ""
+    text, lang = (value if isinstance(value := meta.get(name), str) else "" for name in ("text", "lang"))
     content = payload(audio)
     try:
         info = audio_info(content, name="audio")
@@ -149,7 +149,6 @@ def _check_utterance(group: UtteranceMembers, payload) -> tuple[Facts | None, li
         reasons.append(f"{info.channels} channels, expected 1")
     if text and not waveform.any():
         reasons.append("the audio is digital silence, and there is a text")
-    lang = meta.get("lang") if isinstance(meta.get("lang"), str) else ""
     digest = blake2b(waveform.tobytes(), digest_size=16).digest()
     return Facts("", "", text, lang, len(waveform) / info.sample_rate, info.sample_rate, digest), reasons
 
@@ -194,14 +193,14 @@ def _check_index(tar: Path, shard: str, groups: list[UtteranceMembers]) -> Itera
     if len(stored) != len(fresh):
         yield Problem(shard, "", f"the index has {len(stored)} utterances, the tar {len(fresh)}; {way_out}")
         return
-    names = fresh.dtype.names
+    names = fresh.dtype.names or ()
     wrong = np.flatnonzero(~np.logical_and.reduce([stored[name] == fresh[name] for name in names]))
     for row in wrong[:1]:
         fields = ", ".join(
             f"{n} {stored[n][row]} for {fresh[n][row]}" for n in names if stored[n][row] != fresh[n][row]
         )
         reason = f"the index disagrees with the tar in {len(wrong)} rows, first here ({fields}); {way_out}"
-        yield Problem(shard, _printable(fresh["key"][row].decode("utf-8", "backslashreplace")), reason)
+        yield Problem(shard, _printable(bytes(fresh["key"][row]).decode("utf-8", "backslashreplace")), reason)
 
 
 # --- all shards together

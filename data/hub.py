@@ -54,7 +54,7 @@ def open_hub(name: str, *, split: str | None) -> Source:
 def open_saved(folder: Path, *, split: str | None) -> Source:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     loaded = datasets.load_from_disk(str(folder))
-    found = sorted(loaded) if isinstance(loaded, datasets.DatasetDict) else [str(loaded.split or "train")]
+    found = sorted(map(str, loaded)) if isinstance(loaded, datasets.DatasetDict) else [str(loaded.split or "train")]
     return _source(HubAudio(str(folder.resolve()), saved=True, splits=tuple(choose_splits(folder, found, split))))
 
 
@@ -70,7 +70,7 @@ def _open(audio: HubAudio) -> tuple[datasets.Dataset, str]:
     else:
         name, _, config = audio.name.partition(":")
         parts = datasets.load_dataset(name, config or None, split=list(audio.splits))
-        table = datasets.concatenate_datasets(parts)
+        table = datasets.concatenate_datasets(list(parts))  # pyright: ignore[reportArgumentType]
     columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Audio)]
     if len(columns) != 1:
         raise SourceError(f"{audio.name}: needs one column of type Audio, has {columns or list(table.features)}")
@@ -115,4 +115,4 @@ def _label(rows: datasets.Dataset, column: str | None, value: object) -> str:
     if column is None or value is None:
         return ""
     feature = rows.features[column]
-    return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value)
+    return str(feature.int2str(value) if isinstance(feature, datasets.ClassLabel) and isinstance(value, int) else value)

@@ -76,7 +76,7 @@ def scan_tar(path: Path) -> TarScan:
                 end = -(-stop // BLOCK) * BLOCK
                 if info.isfile():
                     members.append(Member(info.name, info.offset_data, info.size))
-                tar.members = []  # tarfile keeps every header otherwise
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps every header
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         return TarScan(members, f"not a readable tar after {len(members)} files ({error})")
     with open(path, "rb") as handle:
@@ -155,24 +155,24 @@ def meta_member(group: UtteranceMembers, read) -> tuple[Member | None, dict]:
 
 def index_rows(tar_path: Path, groups: list[UtteranceMembers]) -> np.ndarray:
     """Return the index of those groups that have audio, reading headers and texts from the tar."""
-    groups = [group for group in groups if group.audio]
-    keys = [group.key.encode("utf-8", "surrogateescape") for group in groups]
-    rows = np.zeros(len(groups), dtype=index_dtype(max(map(len, keys), default=1)))
+    heard = [(group, audio) for group in groups if (audio := group.audio)]
+    keys = [group.key.encode("utf-8", "surrogateescape") for group, _ in heard]
+    rows = np.zeros(len(heard), dtype=index_dtype(max(map(len, keys), default=1)))
     with open(tar_path, "rb") as handle:
 
         def read(member: Member) -> bytes:
             handle.seek(member.offset)
             return handle.read(member.size)
 
-        for row, key, group in zip(rows, keys, groups):
+        for row, key, (group, audio) in zip(rows, keys, heard):
             meta_at, meta = meta_member(group, read)
             try:
-                info = audio_info(read(group.audio), name=group.audio.name)
+                info = audio_info(read(audio), name=audio.name)
                 row["samples"], row["sample_rate"] = info.samples, info.sample_rate
             except AudioError:
                 row["samples"], row["sample_rate"] = 0, 1
             row["key"] = key
-            row["audio_offset"], row["audio_size"] = group.audio.offset, group.audio.size
+            row["audio_offset"], row["audio_size"] = audio.offset, audio.size
             if meta_at:
                 row["meta_offset"], row["meta_size"] = meta_at.offset, meta_at.size
                 row["meta_json"] = meta_at.name.lower().endswith("json")

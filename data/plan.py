@@ -40,22 +40,29 @@ class UtteranceIndex(Protocol):
 
 
 @dataclass
-class PlanConfig:
-    """Limits of a micro-batch and of an utterance. A limit of 0 is off, save for `max_seconds`."""
+class PlanLimits:
+    """What a user sets about the plan, beside the size of a micro-batch. A limit of 0 is off."""
 
-    # Padded cost of a micro-batch: count x the longest s, where s costs s + s^2 / quadratic_seconds.
-    max_seconds: float = 60.0
+    # An utterance of s seconds costs s + s^2 / quadratic_seconds: attention grows with the square.
     quadratic_seconds: float = 0.0
     # Padded characters of text; one token per character is an upper bound for scripts with spaces.
     max_tokens: int = 0
     min_seconds: float = 0.1
     max_utterance_seconds: float = 0.0
-    # Lengths are multiplied by this before they meet max_seconds: speed perturbation at 0.9 lengthens by 1 / 0.9.
-    stretch: float = 1.0
     window_utterances: int = 100_000
     # Lengths count as up to this fraction longer or shorter for sorting, so that an utterance meets other neighbours
     # each epoch; costs about as much padding.
     length_jitter: float = 0.01
+
+
+@dataclass
+class PlanConfig(PlanLimits):
+    """Limits, and what a stage knows: the size of a micro-batch, the stretch of its augmentation, the order."""
+
+    # Padded cost of a micro-batch: count x the cost of the longest.
+    max_seconds: float = 60.0
+    # Lengths are multiplied by this before they meet max_seconds: speed perturbation at 0.9 lengthens by 1 / 0.9.
+    stretch: float = 1.0
     shuffle: bool = True
 
     def __post_init__(self):
@@ -296,16 +303,18 @@ class Plan:
         end_P = np.cumsum((self._stop_P - self._start_P)[order_P])
         low, high = (self.num_utterances * (at.window + i) // self.num_windows for i in (0, 1))
         carried = np.array(at.carried, dtype=np.int64).reshape(-1, 2)
-        parts = [self._read_rows(shard, carried[carried[:, 0] == shard, 1]) for shard in np.unique(carried[:, 0])]
+        parts = [
+            self._read_rows(shard, carried[carried[:, 0] == shard, 1]) for shard in np.unique(carried[:, 0]).tolist()
+        ]
         for position in range(np.searchsorted(end_P, low, side="right"), np.searchsorted(end_P, high) + 1):
             piece = order_P[position]
-            begin = self._stop_P[piece] - end_P[position]  # row = begin + place in the epoch
-            start, stop = max(self._start_P[piece], begin + low), min(self._stop_P[piece], begin + high)
-            parts.append(self._read_rows(self._shard_P[piece], np.arange(start, stop)))
+            begin = int(self._stop_P[piece] - end_P[position])  # row = begin + place in the epoch
+            start, stop = max(int(self._start_P[piece]), begin + low), min(int(self._stop_P[piece]), begin + high)
+            parts.append(self._read_rows(int(self._shard_P[piece]), np.arange(start, stop)))
         return tuple(np.concatenate(column) for column in zip(*parts))
 
     def _read_rows(self, shard: int, row_U: np.ndarray) -> tuple[np.ndarray, ...]:
-        seconds_U, tokens_U = _measure(self.corpus.index(int(shard))[row_U])
+        seconds_U, tokens_U = _measure(self.corpus.index(shard)[row_U])
         fits_U = self._fits(seconds_U, tokens_U)
         return np.full(fits_U.sum(), shard, dtype=np.int64), row_U[fits_U], seconds_U[fits_U], tokens_U[fits_U]
 

@@ -102,8 +102,10 @@ def metrics_of(step: Step) -> dict[str, Any]:
     if step.output is None:
         return {}
     metrics = _read_json(step.output / "manifest.json").get("metrics")
-    totals = _read_json(step.output / "corpus.json") if metrics is None else metrics
-    return {key: value for key, value in totals.items() if isinstance(value, int | float) and value is not True}
+    if metrics is None:
+        corpus = _read_json(step.output / "corpus.json")
+        metrics = {"utterances": corpus["utterances"], "hours": corpus["seconds"] / 3600} if corpus else {}
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
 def write_summary(pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
@@ -127,7 +129,7 @@ def print_table(pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
 
 
 def shown(name: str, value: float) -> str:
-    """Return a metric as a reader wants it: rates (`wer`, `wer_low`, `ctc_wer`) in percent, the rest with four digits."""
+    """Return a metric as a reader wants it: rates (`wer`, `wer_low`, `ctc_wer`) in percent, others in four digits."""
     if not RATES.isdisjoint(name.replace("/", "_").split("_")):
         return f"{100 * value:.2f} %"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

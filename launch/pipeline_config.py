@@ -16,6 +16,7 @@ resolved and checked before the first step starts: a typing error in the last st
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -92,7 +93,7 @@ class Step:
 
 @dataclass
 class Pipeline:
-    """A loaded pipeline; `said` is how its user named it, for messages that say how to go on."""
+    """A loaded pipeline; `said` is what its user typed, for messages that say how to go on."""
 
     name: str
     said: str
@@ -116,7 +117,7 @@ def load_pipeline(name: str, *, overrides: Sequence[str] = ()) -> Pipeline:
         steps.append(step)
         if step.output is not None:
             known[step.name] = str(step.output)
-    return Pipeline(cfg.name, name, run_dir, steps)
+    return Pipeline(cfg.name, shlex.join([name, *overrides]), run_dir, steps)
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[Source], list[str]]:

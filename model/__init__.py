@@ -1,1 +1,1 @@
-"""Floor 1: the architecture: features, encoder, converter, LLM, decoding. Plain arithmetic, no I/O of audio, no distribution."""
+"""Floor 1: the architecture: features, encoder, converter, LLM, decoding. No audio files, no distribution."""

@@ -14,7 +14,7 @@ positions, L LLM width, V vocabulary.
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .decoding import DecodeConfig, Hypothesis, LLMScorer, decode
 from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora
 from .processor import AudioLLMProcessor
-from .prompt import PromptConfig, PromptTokens, lay_out, place_speech
+from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 
 
 class SpeechOutput(NamedTuple):
@@ -61,12 +61,17 @@ class AudioLLM(PreTrainedModel):
     config_class = AudioLLMConfig
     base_model_prefix = ""
     main_input_name = "waveforms"
-    input_modalities = ("audio", "text")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, config: AudioLLMConfig, *, parts: dict[str, nn.Module] | None = None):
+    fbank: Fbank
+    encoder: ConformerEncoder
+    llm: PreTrainedModel
+    converter: Converter
+    ctc_head: CTCHead | None
+
+    def __init__(self, config: AudioLLMConfig, *, parts: dict[str, Any] | None = None):
         """Build every part from the config, but for those given in `parts` under their attribute's name."""
         super().__init__(config)
         parts = parts or {}
@@ -104,11 +109,11 @@ class AudioLLM(PreTrainedModel):
         """Join trained or fresh parts. The modules are taken over as they are, not copied."""
         if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds {llm.get_input_embeddings().num_embeddings}: "
-                "they are not from the same model folder"
+                f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds "
+                f"{llm.get_input_embeddings().num_embeddings}: they are not from the same model folder"
             )
         fbank, prompts = fbank or Fbank(FeatureConfig()), prompts or PromptConfig()
-        made = {"fbank": fbank, "encoder": encoder, "llm": llm}
+        made: dict[str, Any] = {"fbank": fbank, "encoder": encoder, "llm": llm}
         converter = converter or ConverterConfig()
         if isinstance(converter, Converter):
             made["converter"], converter = converter, ConverterConfig(stride=converter.stride)
@@ -174,14 +179,14 @@ class AudioLLM(PreTrainedModel):
     ) -> tuple[Tensor, list[int]]:
         """Return embeddings_BTL, padded on the right, and the lengths."""
         tokens, speech_lengths = self.prompt_tokens, speech.lengths_B.tolist()
-        contexts_ids = contexts_ids or [None] * len(speech_lengths)
-        if not len(contexts_ids) == len(transcripts_ids) == len(speech_lengths):
+        contexts = contexts_ids or [None] * len(speech_lengths)
+        if not len(contexts) == len(transcripts_ids) == len(speech_lengths):
             raise ValueError(
                 f"{len(speech_lengths)} utterances need as many transcripts and contexts, "
-                f"found {len(transcripts_ids)} and {len(contexts_ids)}"
+                f"found {len(transcripts_ids)} and {len(contexts)}"
             )
         layout = lay_out(
-            [tokens.before_speech(context) for context in contexts_ids],
+            [tokens.before_speech(context) for context in contexts],
             speech_lengths,
             [tokens.after + transcript for transcript in transcripts_ids],
             device=speech.speech_BSL.device,
@@ -203,7 +208,7 @@ class AudioLLM(PreTrainedModel):
         *,
         return_logits: bool = False,
     ) -> AudioLLMOutput:
-        """Return the losses of a batch: waveforms_BN and lengths_B in samples, token ids without start or end tokens."""
+        """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens."""
         if self.training and self.llm.training != self._llm_learns():
             self.train()  # what is trained was chosen after the mode was
         speech = self.encode_speech(waveforms, lengths)
@@ -223,15 +228,11 @@ class AudioLLM(PreTrainedModel):
         self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, transcripts_ids: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=transcripts_ids)
-        rows, columns, targets = [], [], []
-        for row, (length, transcript) in enumerate(zip(lengths, transcripts_ids)):
-            # A token is predicted one position before it stands; the end token at the last position of all.
-            rows += [row] * (len(transcript) + 1)
-            columns += range(length - len(transcript) - 1, length)
-            targets += [*transcript, self.prompt_tokens.end]
-        rows_N, columns_N, targets_N = torch.tensor([rows, columns, targets], device=embeddings_BTL.device)
-        logits_NV, _ = logits_at(self.llm, embeddings_BTL, rows_N=rows_N, columns_N=columns_N, use_cache=False)
-        return logits_NV, targets_N, rows_N
+        targets = answer_targets(lengths, transcripts_ids, end=self.prompt_tokens.end, device=embeddings_BTL.device)
+        logits_NV, _ = logits_at(
+            self.llm, embeddings_BTL, rows_N=targets.rows_N, columns_N=targets.columns_N, use_cache=False
+        )
+        return logits_NV, targets.tokens_N, targets.rows_N
 
     def _ctc_loss(self, speech: SpeechOutput, transcripts_ids: list[list[int]]) -> CTCLoss | None:
         if self.ctc_head is None:
@@ -293,9 +294,8 @@ class AudioLLM(PreTrainedModel):
             state = merge_lora(self, self.state_dict() if state is None else state)
         self.config.acoustic_dtype = str(next(self.encoder.parameters()).dtype).removeprefix("torch.")
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
-        generation = GenerationConfig.from_model_config(self.llm.config)
-        generation = getattr(self.llm, "generation_config", None) or generation
-        generation.save_pretrained(save_directory)
+        generation = getattr(self.llm, "generation_config", None)
+        (generation or GenerationConfig.from_model_config(self.llm.config)).save_pretrained(save_directory)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
 

@@ -8,19 +8,13 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .conformer import ConformerConfig
-from .converter import ConverterConfig
-from .features import FeatureConfig
-from .prompt import PromptConfig, PromptTokens
-
-# The LLM vocabulary and the tokenizer's differ: LLMs pad theirs to a round number. CTC needs classes for real tokens only.
-NO_CTC = 0
-
 
 class AudioLLMConfig(PreTrainedConfig):
-    """`text_config` is the LLM's own config; `ctc_vocab_size` the classes of the CTC head without blank, 0 for none.
+    """`text_config` is the LLM's own config. `prompt_tokens` are the ids of the prompt's fixed parts.
 
-    `acoustic_dtype` is the storage type of encoder, converter and CTC head, where it differs from the LLM's (`dtype`).
+    `ctc_vocab_size` counts the CTC head's classes without the blank, 0 for no head: the tokenizer's tokens, since LLMs
+    pad their vocabulary to a round number. `acoustic_dtype` is the storage type of encoder, converter and CTC head,
+    which may differ from the LLM's (`dtype`).
     """
 
     model_type = "seedling_acllm"
@@ -36,7 +30,7 @@ class AudioLLMConfig(PreTrainedConfig):
         specaugment_config: dict | None = None,
         prompts: dict | None = None,
         prompt_tokens: dict | None = None,
-        ctc_vocab_size: int = NO_CTC,
+        ctc_vocab_size: int = 0,
         acoustic_dtype: str = "float32",
         **kwargs,
     ):

@@ -1,12 +1,12 @@
 """Decoding: greedy and beam search over a step scorer, batched, with N-best lists.
 
-Beam search follows `transformers.generate(num_beams=K)` for a batch of one: the same candidates, the same length penalty,
-the same rules for stopping. Here every utterance keeps its own books, so that what it gets does not depend on the batch,
-and it leaves the batch, cache included, as soon as it is done.
+Beam search follows `transformers.generate(num_beams=K)` for a batch of one: the same candidates, length penalty and
+rules for stopping. Here every utterance keeps its own books, so that what it gets does not depend on the batch, and it
+leaves the batch, cache included, as soon as it is done.
 
 A step scorer is all that the search sees. One that joins two of them (with context, without) is a scorer again.
-Shape letters: B utterances, A those still running, K beams, R rows of the scorer, P prefix positions, T positions in the
-cache, t tokens so far, C candidates, L LLM width, V vocabulary.
+Shape letters: B utterances, A those still running, K beams, R rows of the scorer, P prefix positions, T positions in
+the cache, t tokens so far, C candidates, L LLM width, V vocabulary.
 """
 
 import math
@@ -72,22 +72,25 @@ class StepScorer(Protocol):
 
     def start(self, prefixes: list[Any]) -> Tensor:
         """Begin with one row per prefix; return log_probs_RV of its first token."""
+        ...
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Append one token to every row; return log_probs_RV of the next one."""
+        ...
 
     def select(self, rows_R: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken several times."""
+        ...
 
 
 class LLMScorer:
-    """A causal LM with its key-value cache. Prefixes are embeddings_PL, padded on the left so that all rows end together."""
+    """A causal LM with its key-value cache. Prefixes are padded on the left: all rows end together."""
 
     def __init__(self, llm: PreTrainedModel):
         self.llm = llm
-        self.cache: DynamicCache | None = None
+        self.cache: DynamicCache
+        self.length_R: Tensor
         self.mask_RT: Tensor | None = None  # None: no row is padded
-        self.length_R: Tensor | None = None
 
     def start(self, prefixes: list[Tensor]) -> Tensor:
         longest = max(len(prefix) for prefix in prefixes)
@@ -213,8 +216,8 @@ def beam_search(
     found: list[list[Hypothesis]] = [[] for _ in prefixes]
     while True:
         A, _, t = beams.tokens_AKt.shape
-        forbid_repeats(log_probs_RV, beams.tokens_AKt.reshape(A * K, t)[: len(log_probs_RV)], max_repeats=config.max_repeats)
-        # A single row an utterance in the first step: the beams are still one.
+        if t > 0:  # in the first step an utterance has a single row: its beams are still one
+            forbid_repeats(log_probs_RV, beams.tokens_AKt.view(A * K, t), max_repeats=config.max_repeats)
         log_probs_AkV = log_probs_RV.view(A, -1, log_probs_RV.shape[-1])
         beams, origin_AK, over_A = _advance(beams, log_probs_AkV, end=end, config=config)
         over = over_A.tolist()
@@ -271,7 +274,10 @@ def _advance(beams: Beams, log_probs_AkV: Tensor, *, end: int, config: DecodeCon
     return beams, origin_AC.gather(1, place_AK), at_limit_A | _is_final(beams, length, config=config)
 
 
-def _merge_finished(beams: Beams, tokens_AKt: Tensor, score_AK: Tensor, ends_AK: Tensor, *, config: DecodeConfig) -> Beams:
+def _merge_finished(
+    beams: Beams, tokens_AKt: Tensor, score_AK: Tensor, ends_AK: Tensor, *, config: DecodeConfig
+) -> Beams:
+    """Return the books with those candidates that end put in their places among the K best finished hypotheses."""
     length = tokens_AKt.shape[-1]
     rank_AK = (score_AK / length**config.length_penalty).masked_fill(~ends_AK, -math.inf)
     padded_AKT = torch.nn.functional.pad(tokens_AKt, (0, beams.done_AKT.shape[-1] - length), value=-1)

@@ -118,6 +118,9 @@ def _constants(cfg: FeatureConfig, device: torch.device) -> tuple[Tensor, Tensor
 class Fbank(nn.Module):
     """Waveforms to normalised log-mel features: (log mel - mean_F) / std_F."""
 
+    mean_F: Tensor
+    std_F: Tensor
+
     def __init__(self, cfg: FeatureConfig | None = None):
         super().__init__()
         self.cfg = cfg or FeatureConfig()
@@ -211,7 +214,8 @@ class Fbank(nn.Module):
     @torch.no_grad()
     def estimate_cmvn(self, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
         """Set CMVN from (waveforms_BN, lengths_B) batches, summed in float64; return the number of frames used."""
-        count, sum_F, square_F = 0, 0.0, 0.0
+        count = 0
+        sum_F = square_F = torch.zeros(self.cfg.num_mel_bins, dtype=torch.float64, device=self.mean_F.device)
         for waveforms_BN, lengths_B in batches:
             features_BTF, frames_B = self.log_mel(waveforms_BN, lengths_B)
             valid_BT = torch.arange(features_BTF.shape[1], device=frames_B.device) < frames_B[:, None]

@@ -27,7 +27,7 @@ class LoraSettings:
     """Low-rank adapters on the LM (https://arxiv.org/abs/2106.09685). `r = 0` means none."""
 
     r: int = 0
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -23,7 +23,9 @@ FILE = "processor_config.json"  # the name under which AutoProcessor looks for i
 class AudioLLMProcessor:
     """Tokenizer, sample rate and prompts of one model; saved with it, loaded by AutoProcessor."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, sample_rate: int = 16000, prompts: PromptConfig | None = None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, sample_rate: int = 16000, prompts: PromptConfig | None = None
+    ):
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
         self.prompts = prompts or PromptConfig()
@@ -91,7 +93,7 @@ class AudioLLMProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs) -> "AudioLLMProcessor":
-        """Load what `save_pretrained` wrote. Further arguments are those that AutoProcessor passes, and have no use here."""
+        """Load what `save_pretrained` wrote. AutoProcessor passes further arguments, which have no use here."""
         file = Path(folder) / FILE
         if not file.is_file():
             raise ValueError(f"{folder}: no {FILE} in it; give a folder that AudioLLM.save_pretrained wrote")
@@ -108,8 +110,12 @@ def pad_waveforms(audio: np.ndarray | Tensor | Sequence[np.ndarray | Tensor]) ->
     waveforms = [torch.as_tensor(waveform) for waveform in ([audio] if single else audio)]
     for position, waveform in enumerate(waveforms):
         if waveform.ndim != 1 or len(waveform) == 0:
-            raise ValueError(f"audio {position} has shape {tuple(waveform.shape)}; give one mono array [N] an utterance")
+            raise ValueError(
+                f"audio {position} has shape {tuple(waveform.shape)}; give one mono array [N] an utterance"
+            )
         if not waveform.is_floating_point():
-            raise ValueError(f"audio {position} is {waveform.dtype}; give floats in [-1, 1]: divide 16-bit samples by 32768")
+            raise ValueError(
+                f"audio {position} is {waveform.dtype}; give floats in [-1, 1]: divide 16-bit samples by 32768"
+            )
     lengths_B = torch.tensor([len(waveform) for waveform in waveforms])
     return torch.nn.utils.rnn.pad_sequence([w.float() for w in waveforms], batch_first=True), lengths_B

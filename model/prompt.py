@@ -30,7 +30,9 @@ class PromptConfig:
 
     def __post_init__(self):
         if "{context}" not in self.context:
-            raise ValueError(f"prompts.context ({self.context!r}) must contain {{context}}, where the context text goes")
+            raise ValueError(
+                f"prompts.context ({self.context!r}) must contain {{context}}, where the context text goes"
+            )
 
 
 @dataclass
@@ -117,9 +119,7 @@ class AnswerTargets(NamedTuple):
     tokens_N: Tensor
 
 
-def answer_targets(
-    lengths: list[int], answers: list[list[int]], *, end: int, device: torch.device
-) -> AnswerTargets:
+def answer_targets(lengths: list[int], answers: list[list[int]], *, end: int, device: torch.device) -> AnswerTargets:
     """Return the targets of sequences that end in `answers`: every token of them and the end token.
 
     A token is predicted one position before it stands; the end token at the last position of all.

@@ -1,11 +1,12 @@
 """Prompted repetition: the one skill of a downloaded LLM that a recogniser cannot do without, taught to a small one.
 
 A large LM can repeat what stands in its prompt. A small one trained on plain sentences cannot, and a frozen LM that
-ignores its prompt will never listen: in our runs it learns to (induction) only when many sequences cannot be guessed from the
-words before. So part of the training sequences are [instruction | pseudo speech | sentence], where pseudo speech is
-the sentence's own token embeddings made to look like a converter's output: tokens last a few positions, blanks (zero
-vectors) lie between them, some tokens are missing or wrong, each is mixed with another. In part of these the sentence is
-replaced by random tokens, which nothing but listening can predict.
+ignores its prompt will never listen: it learns to only when many sequences cannot be guessed from the words before. So
+part of the training sequences are [instruction | pseudo speech | sentence], where pseudo speech is the sentence's own token
+embeddings made to look like a converter's output: tokens last a few positions, blanks (zero vectors) lie between them,
+some tokens are missing or wrong, each is mixed with another. How much of this a sequence gets is drawn anew, so that
+easy ones to begin with are always among them. In part of these the sentence is replaced by random tokens, which nothing
+but listening can predict.
 
 Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, V vocabulary, N target positions.
 """
@@ -24,11 +25,11 @@ from .prompt import PromptTokens, answer_targets, lay_out, place_speech
 class RepetitionConfig:
     share: float = 0.8  # of the sequences that are prompted repetitions; the rest are plain sentences
     random_share: float = 0.5  # of the repetitions that repeat random tokens
-    drop: float = 0.03  # tokens missing from the pseudo speech
-    substitute: float = 0.05  # tokens replaced by another
+    drop: float = 0.06  # tokens missing from the pseudo speech, at the hardest
+    substitute: float = 0.1  # tokens replaced by another
     max_hold: int = 3  # positions that a token lasts, 1 to this
     max_blanks: int = 2  # zero vectors after it, 0 to this
-    max_mix: float = 0.3  # weight of another token's embedding, 0 to this
+    max_mix: float = 0.5  # weight of another token's embedding, 0 to this
 
     def __post_init__(self):
         for name in ("share", "random_share", "drop", "substitute", "max_mix"):
@@ -52,17 +53,22 @@ class PseudoSpeech:
     def __call__(self, tokens: list[int], embeddings: nn.Embedding) -> Tensor:
         """Return speech_SL for one sentence, at least one position."""
         cfg, tokens_N = self.cfg, torch.tensor(tokens)
-        tokens_N = tokens_N[torch.rand(len(tokens_N)) >= cfg.drop]
+        hardness, longest_hold, most_blanks = (
+            float(torch.rand(())),
+            int(torch.randint(1, cfg.max_hold + 1, ())),
+            int(torch.randint(0, cfg.max_blanks + 1, ())),
+        )
+        tokens_N = tokens_N[torch.rand(len(tokens_N)) >= hardness * cfg.drop]
         N, device = len(tokens_N), embeddings.weight.device
         if N == 0:
             return embeddings.weight.new_zeros(1, embeddings.embedding_dim)
-        tokens_N = torch.where(torch.rand(N) < cfg.substitute, self.random_tokens(N), tokens_N)
-        mix_N1 = torch.rand(N, 1, device=device) * cfg.max_mix
+        tokens_N = torch.where(torch.rand(N) < hardness * cfg.substitute, self.random_tokens(N), tokens_N)
+        mix_N1 = torch.rand(N, 1, device=device) * (hardness * cfg.max_mix)
         mixed_NL = (1 - mix_N1) * embeddings(tokens_N.to(device)) + mix_N1 * embeddings(
             self.random_tokens(N).to(device)
         )
-        hold_N = torch.randint(1, cfg.max_hold + 1, (N,))
-        blanks_N = torch.randint(0, cfg.max_blanks + 1, (N,))
+        hold_N = torch.randint(1, longest_hold + 1, (N,))
+        blanks_N = torch.randint(0, most_blanks + 1, (N,))
         # Row N of the table is the blank; each token's row is repeated, then the blank's.
         table = torch.cat([mixed_NL, mixed_NL.new_zeros(1, mixed_NL.shape[1])])
         rows = torch.stack([torch.arange(N), torch.full((N,), N)], dim=1).flatten()
@@ -73,7 +79,13 @@ class RepeatingLM(nn.Module):
     """A causal LM with the loss of plain sentences and prompted repetitions; the LM itself is `.llm`."""
 
     def __init__(
-        self, llm: PreTrainedModel, *, prompt_tokens: PromptTokens, start: int, ordinary: list[int], cfg: RepetitionConfig
+        self,
+        llm: PreTrainedModel,
+        *,
+        prompt_tokens: PromptTokens,
+        start: int,
+        ordinary: list[int],
+        cfg: RepetitionConfig,
     ):
         super().__init__()
         self.llm, self.prompt_tokens, self.start, self.cfg = llm, prompt_tokens, start, cfg

@@ -1,4 +1,4 @@
-"""Floor 4: one file per stage. The names here are those of `seedling run STAGE`; nothing is imported until it is asked for."""
+"""Floor 4: one file per stage. The names are those of `seedling run STAGE`; a stage is imported when asked for."""
 
 STAGES: dict[str, str] = {
     "lm_pretrain": "seedling.stages.lm_pretrain:LMPretrain",

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..data.audio_sets import heldout
 from ..data.index import Corpus
-from ..data.loader import AudioDataset, utterance_key
+from ..data.loader import AudioBatch, AudioDataset, utterance_key
 from ..data.payload import PayloadReader
-from ..data.plan import PlanConfig
+from ..data.plan import PlanLimits
 from ..data.scoring import ScoredUtterance, ScoreReport, score, write_report, write_score_folder
+from ..data.scoring.report import read_metrics
 from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
@@ -25,6 +27,7 @@ from .runtime.config import StageConfig
 from .runtime.train_config import PRECISIONS, require_choice
 from .runtime.world import World, init_world
 
+AUDIO = ("own", "silence", "other")
 MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 
 
@@ -32,15 +35,19 @@ MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 class EvaluateConfig(StageConfig):
     data: str  # folder of shards
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    normalizer: str = "basic"
+    normalizer: str = "whisper-basic"
     unit: str = ""  # word, char or mixed; empty: the normaliser's own
     equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
+    # What the model hears: the utterance's own audio; silence, so that only the language model speaks; or the audio of
+    # its neighbour in the batch. A model whose error rate is no worse on the last two is not listening.
+    audio: str = "own"
     batch_seconds: float = 120.0
     precision: str = "fp32"
     learning_curves: dict[str, str] = field(default_factory=dict)  # stage -> its run folder, for the report
     worst: int = 40  # utterances in the report
 
     def __post_init__(self):
+        require_choice("audio", self.audio, AUDIO)
         require_choice("precision", self.precision, PRECISIONS)
 
 
@@ -72,7 +79,7 @@ class Evaluate:
         """This rank's share of the corpus, decoded."""
         planned = heldout(
             cfg.data,
-            PlanConfig(),
+            PlanLimits(),
             micro_batch_seconds=cfg.batch_seconds,
             micro_batches=world.size,
             sample_rate=model.fbank.cfg.sample_rate,
@@ -95,8 +102,9 @@ class Evaluate:
         batch = dataset[micro_batch].to(world.device)
         if batch.bad:
             raise ValueError(f"{batch.bad[0]}; repair the corpus (`seedling check-data {cfg.data}`) or leave it out")
+        waveforms_BN, lengths_B = _heard(cfg.audio, batch)
         started = time.perf_counter()
-        nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=cfg.decode)
+        nbests = model.transcribe_ids(waveforms_BN, lengths_B, config=cfg.decode)
         rtf = (time.perf_counter() - started) / batch.seconds
         seconds = (batch.lengths_B / model.fbank.cfg.sample_rate).tolist()
         for key, reference, nbest, duration in zip(batch.keys, batch.texts, nbests, seconds):
@@ -117,7 +125,7 @@ class Evaluate:
             report,
             writer.path / "report.html",
             title=f"{acllm.path.parent.name} on {Path(cfg.data).name}",
-            runs={name: _metric_rows(Path(run)) for name, run in cfg.learning_curves.items()},
+            runs={name: read_metrics(Path(run) / "metrics.jsonl") for name, run in cfg.learning_curves.items()},
             details={"model": acllm.hash, "data": cfg.data, **asdict(cfg.decode)},
             audio=_AudioClips(cfg.data),
             worst=cfg.worst,
@@ -129,26 +137,27 @@ class Evaluate:
         writer.metrics.update({f"{summary['metric']}_low": low, f"{summary['metric']}_high": high, "rtf": report.rtf})
 
 
-def _metric_rows(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def _heard(audio: str, batch: AudioBatch) -> tuple[Tensor, Tensor]:
+    """Return the waveforms and lengths that the model is given."""
+    if audio == "silence":
+        return torch.zeros_like(batch.waveforms_BN), batch.lengths_B
+    if audio == "other":
+        return batch.waveforms_BN.roll(1, dims=0), batch.lengths_B.roll(1)
+    return batch.waveforms_BN, batch.lengths_B
 
 
 class _AudioClips:
     """The corpus's own encoded audio, by key, for the report's players."""
 
     def __init__(self, folder: str):
-        self.corpus, self.reader = Corpus.open(folder), PayloadReader()
+        corpus, self.reader = Corpus.open(folder), PayloadReader()
         self.places = {
-            utterance_key(self.corpus, shard, row): (shard, row)
-            for shard in range(len(self.corpus.shards))
-            for row in range(len(self.corpus.index(shard)))
+            utterance_key(at): (path, at) for shard, path in enumerate(corpus.shards) for at in corpus.index(shard)
         }
 
     def __call__(self, key: str) -> tuple[bytes, str] | None:
         if key not in self.places:
             return None
-        shard, row = self.places[key]
-        at = self.corpus.index(shard)[row]
-        clip = self.reader.read(self.corpus.shards[shard], offset=int(at["audio_offset"]), size=int(at["audio_size"]))
+        path, at = self.places[key]
+        clip = self.reader.read(path, offset=int(at["audio_offset"]), size=int(at["audio_size"]))
         return clip, next((mime for magic, mime in MIME_TYPES.items() if clip.startswith(magic)), "audio/mpeg")

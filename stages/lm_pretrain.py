@@ -1,7 +1,7 @@
 """lm_pretrain: a small causal LM and its tokenizer from text, where no LLM can be downloaded.
 
-The result is an ordinary Hugging Face folder (Llama, safetensors, tokenizer), and everything downstream treats it as any
-other. Besides plain sentences it learns prompted repetition, without which a frozen LM never listens (model/repetition.py).
+The result is an ordinary Hugging Face folder (Llama, safetensors, tokenizer); everything downstream treats it as any
+other. Besides plain sentences it learns prompted repetition (model/repetition.py), without which it would not listen.
 """
 
 from collections.abc import Iterable
@@ -69,6 +69,9 @@ class LMPretrain:
                 num_key_value_heads=cfg.lm.num_heads,
                 max_position_embeddings=cfg.lm.max_positions,
                 tie_word_embeddings=True,
+                # Rows of unit length. At the usual 0.02, which suits widths of thousands, repetition is learnt far later:
+                # docs/log.md has the curves.
+                initializer_range=cfg.lm.dim**-0.5,
                 pad_token_id=self.tokenizer.pad_token_id,
                 bos_token_id=self.tokenizer.bos_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,

@@ -1,6 +1,6 @@
 """sft: supervised fine-tuning of the audio-conditioned LLM on pairs of speech and transcript.
 
-Encoder and converter learn, the LLM stays fixed (Seed-ASR, section on SFT), unless `llm_training` says `lora` or `full`.
+Encoder and converter learn, the LLM stays fixed (as in Seed-ASR), unless `llm_training` says `lora` or `full`.
 Starts from a pretrained encoder and an LLM folder, or goes on from a finished recogniser (`inputs.acllm`).
 """
 
@@ -13,14 +13,16 @@ from torch import nn
 from ..data.audio_sets import AudioDataConfig
 from ..data.batches import PlannedBatches
 from ..data.loader import AudioBatch
-from ..data.scoring import count_errors, get_normalizer
+from ..data.scoring import ErrorCounts, count_errors, get_normalizer
 from ..model.audio_llm import AudioLLM
+from ..model.audio_llm_config import AudioLLMConfig
 from ..model.augment import SpecAugmentConfig
 from ..model.conformer import ConformerConfig, ConformerEncoder
 from ..model.converter import ConverterConfig
 from ..model.decoding import DecodeConfig
 from ..model.features import Fbank, FeatureConfig
 from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
+from ..model.processor import AudioLLMProcessor
 from ..model.prompt import PromptConfig, tokenize
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import StageConfig
@@ -42,7 +44,7 @@ class SFTConfig(StageConfig):
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=16))
     ctc_weight: float = 0.0  # of the auxiliary CTC loss on the encoder; 0 builds no CTC head
     cmvn_batches: int = 20  # micro-batches of training audio that the features' mean and variance are taken from
-    normalizer: str = "basic"  # for the error rate during training
+    normalizer: str = "whisper-basic"  # for the error rate during training
 
     def __post_init__(self):
         require_choice("llm_training", self.llm_training, LLM_TRAINING)
@@ -73,16 +75,28 @@ class SFT:
         others = sorted(set(inputs) - {"acllm"})
         if others:
             raise ValueError(f"inputs.acllm already holds an encoder and an LLM; leave out inputs.{others[0]}")
-        return AudioLLM.from_pretrained(inputs["acllm"].path)
+        path = inputs["acllm"].path
+        if not _on_meta():
+            return AudioLLM.from_pretrained(path)
+        model = AudioLLM(AudioLLMConfig.from_pretrained(path))
+        model.processor = AudioLLMProcessor.from_pretrained(path)
+        return model
 
     def _fresh(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
         if "llm" not in inputs:
-            raise ValueError("sft needs an LLM: set inputs.llm to a Hugging Face folder, or inputs.acllm to go on from one")
+            raise ValueError(
+                "sft needs an LLM: set inputs.llm to a Hugging Face folder, or inputs.acllm to go on from one"
+            )
         fbank = Fbank(cfg.features)
-        fbank.estimate_cmvn(self._some_audio(cfg))
+        if not _on_meta():
+            fbank.estimate_cmvn(self._some_audio(cfg))
         return AudioLLM.assemble(
             encoder=ConformerEncoder(cfg.encoder),
-            llm=load_llm(inputs["llm"].path, dtype=torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16),
+            llm=load_llm(
+                inputs["llm"].path,
+                dtype=torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16,
+                meta=_on_meta(),
+            ),
             tokenizer=load_tokenizer(inputs["llm"].path),
             fbank=fbank,
             converter=cfg.converter,
@@ -141,16 +155,20 @@ class SFT:
         sums = {"loss": [0.0, 0], "wer": [0.0, 0]}
         for batch in batches:
             out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
-            sums["loss"][0] += out.loss_sum.item()
-            sums["loss"][1] += out.count
-            for best, reference in zip(
-                model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig()), batch.texts
+            nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig())
+            errors = [
+                self._errors(text, model.processor.decode(best.ids)) for text, (best, *_) in zip(batch.texts, nbests)
+            ]
+            for name, value, count in (
+                ("loss", out.loss_sum.item(), out.count),
+                ("wer", sum(e.errors for e in errors), sum(e.reference_tokens for e in errors)),
             ):
-                hypothesis = model.processor.decode(best[0].ids)
-                errors = count_errors(self.normalize(reference), self.normalize(hypothesis), unit="word")
-                sums["wer"][0] += errors.errors
-                sums["wer"][1] += errors.reference_tokens
+                sums[name][0] += value
+                sums[name][1] += count
         return {name: tuple(pair) for name, pair in sums.items()}
+
+    def _errors(self, reference: str, hypothesis: str) -> ErrorCounts:
+        return count_errors(self.normalize(reference).split(), self.normalize(hypothesis).split())
 
     def export(self, model: AudioLLM, writer: ArtifactWriter) -> None:
         model.save_pretrained(writer.path)
@@ -158,3 +176,8 @@ class SFT:
 
     def _tokenize(self, batch: AudioBatch) -> list[list[int]]:
         return [tokenize(self.tokenizer, text) for text in batch.texts]
+
+
+def _on_meta() -> bool:
+    """Whether the model is only being measured (`seedling check`): shapes without weights, and no audio read."""
+    return torch.get_default_device().type == "meta"

@@ -1,7 +1,7 @@
 """The recogniser: an acllm artifact as a Python object that turns files or arrays into text.
 
-    recogniser = seedling.load("runs/demo/sft/artifact")
-    recogniser.transcribe(["a.wav", "b.mp3"])[0].text
+recogniser = seedling.load("runs/demo/sft/artifact")
+recogniser.transcribe(["a.wav", "b.mp3"])[0].text
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
 from .runtime.artifacts import load_artifact
 
-# Root mean square of the loudest 25 ms, full scale 1: -66 dBFS. Recorded speech, even far away, lies well above; below is
-# digital silence and the noise of an open input, to which a language model would otherwise add words.
+# Root mean square of the loudest 25 ms, full scale 1: -66 dBFS. Recorded speech, even far away, lies well above; below
+# is digital silence and the noise of an open input, to which a language model would otherwise add words.
 SILENCE_RMS = 5e-4
 
 
@@ -56,10 +56,14 @@ class Recogniser:
         items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         contexts = [context] * len(items) if context is None or isinstance(context, str) else list(context)
         if len(contexts) != len(items):
-            raise ValueError(f"{len(items)} pieces of audio and {len(contexts)} contexts; give one context, or one each")
+            raise ValueError(
+                f"{len(items)} pieces of audio and {len(contexts)} contexts; give one context, or one each"
+            )
         waveforms = [self._waveform(item) for item in items]
         found: dict[int, Transcript] = {
-            i: Transcript("", 0.0, len(w) / self.sample_rate) for i, w in enumerate(waveforms) if is_silent(w, self.sample_rate)
+            i: Transcript("", 0.0, len(w) / self.sample_rate)
+            for i, w in enumerate(waveforms)
+            if is_silent(w, self.sample_rate)
         }
         config = DecodeConfig(beam_size=beam_size, nbest=nbest)
         for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
@@ -91,7 +95,10 @@ class Recogniser:
         inputs = self.processor(audio=[waveforms[i] for i in group], context=[contexts[i] for i in group])
         device = self.model.device
         nbests = self.model.transcribe_ids(
-            inputs["waveforms"].to(device), inputs["lengths"].to(device), contexts_ids=inputs["contexts_ids"], config=config
+            inputs["waveforms"].to(device),
+            inputs["lengths"].to(device),
+            contexts_ids=inputs["contexts_ids"],
+            config=config,
         )
         found = {}
         for i, hypotheses in zip(group, nbests):
@@ -107,7 +114,9 @@ def is_silent(waveform: np.ndarray, sample_rate: int) -> bool:
     return bool(np.sqrt(np.square(padded).mean(axis=1)).max() < SILENCE_RMS)
 
 
-def load(artifact: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Recogniser:
+def load(
+    artifact: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Recogniser:
     """Open an acllm artifact (its folder, or its run's) as a recogniser, on a GPU where there is one."""
     folder = Path(artifact)
     if not (folder / "manifest.json").is_file() and (folder / "artifact" / "manifest.json").is_file():

@@ -39,7 +39,7 @@ def curves(rows: Iterable[Mapping]) -> dict[str, list[Line]]:
     lines: dict[str, dict[str, Line]] = {}
     for row in rows:
         step = row.get("step")
-        if not _is_number(step):
+        if step is None or not _is_number(step):
             continue
         for key, value in row.items():
             prefix, _, name = key.rpartition("/")

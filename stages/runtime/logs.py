@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def start_wandb(run_dir: Path, cfg: WandbConfig, config: dict) -> Any:
 
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
     settings = {
         "dir": str(run_dir),
         "project": cfg.project,
@@ -111,6 +112,9 @@ def start_wandb(run_dir: Path, cfg: WandbConfig, config: dict) -> Any:
     }
     run = _online(wandb, settings, cfg.init_timeout_seconds) if mode == "online" else None
     if run is None:
+        if mode == "online":  # the attempt may still hold the old id
+            settings["id"] = secrets.token_hex(8)
+            id_file.write_text(settings["id"], encoding="utf-8")
         run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **settings)
     run.define_metric("*", step_metric="global_step")
     return run

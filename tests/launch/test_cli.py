@@ -161,6 +161,17 @@ def test_two_ranks_run_through_the_launcher_and_a_failing_rank_fails_the_run(tmp
     assert failed.returncode == 7
 
 
+def test_a_request_to_stop_reaches_every_rank_and_their_exit_code_comes_back(tmp_path):
+    command = [sys.executable, "-m", "seedling.launch.cli", "run", "toy_stages:Count", "run_dir=r", "--nproc", "2"]
+    with subprocess.Popen([*command, "fail=stop", "sleep_seconds=60"], cwd=tmp_path, env=ENVIRONMENT) as run:
+        deadline = time.monotonic() + 90
+        while len(list(tmp_path.glob("r/ready*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.terminate()
+        assert run.wait(timeout=30) == 75
+    assert sorted(path.name for path in tmp_path.glob("r/stopped*")) == ["stopped0", "stopped1"]
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
     command = [sys.executable, "-m", "seedling.launch.job", "toy_stages:Count", "run_dir=r"]
     first = subprocess.Popen([*command, "sleep_seconds=60"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from seedling.launch.fingerprint import fingerprint, paths_in
-from seedling.launch.pipeline import run_pipeline, shown
-from seedling.launch.pipeline_config import load_pipeline, yaml_argument
+from seedling.launch.pipeline import metrics_of, run_pipeline, shown
+from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
 from seedling.stages.runtime.config import ConfigError, parse_override
 
 HERE = Path(__file__).parent
@@ -72,27 +72,22 @@ def test_steps_run_once_and_again_only_where_something_changed(folder, capfd):
     assert number("two") == 25
 
 
-def test_from_forces_a_step_and_all_after_it(folder):
+def test_from_forces_a_step_and_all_after_it_and_a_deleted_output_is_made_again(folder):
     assert run()[0] == 0
     assert run(start="two") == (0, ["two"])
+    Path("runs/toy/two/artifact/manifest.json").unlink()
+    assert run() == (0, ["two"])
     with pytest.raises(ValueError, match="--from three: no such step; steps: one, two"):
         run(start="three")
 
 
-def test_a_failing_step_stops_the_pipeline_with_its_code_and_says_how_to_go_on(folder, capfd):
-    code, ran = run("one.fail=mistake")
-    assert code == 2 and ran == [] and not Path("runs/toy/two").exists()
-    error = capfd.readouterr().err
-    assert "stopped at step one (exit code 2); to go on: seedling pipeline toy.yaml" in error
-    assert run() == (0, ["one", "two"])
-
-
-def test_a_deleted_output_is_made_again(folder):
-    text = 'name: toy\nrun_dir: runs/toy\nsteps:\n  - {name: one, stage: "toy_stages:Count"}\n'
-    (folder / "toy.yaml").write_text(text)
-    assert run() == (0, ["one"])
-    Path("runs/toy/one/artifact/manifest.json").unlink()
-    assert run() == (0, ["one"])
+def test_a_failing_step_stops_the_pipeline_with_its_code_and_goes_on_in_its_folder(folder, capfd):
+    assert run("two.fail=mistake") == (2, ["one"])
+    said = "stopped at step two (exit code 2); to go on: seedling pipeline toy.yaml two.fail=mistake (finished"
+    assert said in capfd.readouterr().err
+    Path("runs/toy/two/checkpoint").touch()
+    assert run("two.fail=mistake") == (2, [])
+    assert Path("runs/toy/two/checkpoint").exists() and not Path("runs/toy/two.1").exists()
 
 
 def test_a_stopped_pipeline_stops_its_step_and_runs_nothing_more(folder):
@@ -169,7 +164,7 @@ def test_mistakes_anywhere_are_found_before_the_first_step(folder, old, new, sai
 def test_an_override_for_a_step_that_is_not_there_names_the_nearest(folder):
     with pytest.raises(ConfigError, match="nearest step: two"):
         load_pipeline("toy.yaml", overrides=["tow.number=1"])
-    with pytest.raises(ConfigError, match="expected STEP.key=value"):
+    with pytest.raises(ConfigError, match=r"expected STEP\.key=value"):
         load_pipeline("toy.yaml", overrides=["number=1"])
 
 
@@ -198,3 +193,9 @@ def test_fingerprints_follow_content_and_paths_are_told_from_words(tmp_path, mon
 def test_rates_are_shown_in_percent():
     assert shown("wer", 0.1234) == shown("wer_low", 0.1234) == "12.34 %"
     assert shown("rtf", 0.1234) == "0.1234" and shown("utterances", 12345) == "12,345"
+
+
+def test_a_prepared_corpus_is_reported_by_its_utterances_and_hours(tmp_path):
+    (tmp_path / "corpus.json").write_text(json.dumps({"utterances": 12, "seconds": 7200.0, "kind": "nemo"}))
+    assert metrics_of(Step("s", "prepare", [], tmp_path, {})) == {"utterances": 12, "hours": 2.0}
+    assert metrics_of(Step("s", "transcribe", [], None, {})) == {}

@@ -1,9 +1,11 @@
 """Two stages without audio or models, for tests of the command line: they are named `toy_stages:Count` and so on."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from seedling.stages.runtime.artifacts import ArtifactSpec
 from seedling.stages.runtime.config import StageConfig
@@ -35,6 +37,9 @@ class Count:
             raise RuntimeError("a bug")
         if cfg.fail == "rank1" and os.environ["RANK"] == "1":
             sys.exit(7)
+        if cfg.fail == "stop":
+            signal.signal(signal.SIGTERM, lambda *_: self._stop(cfg))
+            (Path(cfg.run_dir) / f"ready{os.environ['RANK']}").touch()
         time.sleep(cfg.sleep_seconds)
         total = cfg.number + sum(int((artifact.path / "number.txt").read_text()) for artifact in inputs.values())
         if os.environ["RANK"] == "0":
@@ -43,6 +48,12 @@ class Count:
             (writer.path / "report.html").write_text(f"<p>{total}</p>")
             writer.metrics["number"] = total
             writer.metrics["wer"] = total / 100
+
+    def _stop(self, cfg):
+        # As slow as a checkpoint; both ranks need the time at once, not one after the other.
+        time.sleep(1)
+        (Path(cfg.run_dir) / f"stopped{os.environ['RANK']}").touch()
+        sys.exit(75)
 
 
 class NoConfig:

@@ -24,20 +24,20 @@ from seedling.model.audio_llm import AudioLLM
 from seedling.model.conformer import ConformerConfig, ConformerEncoder
 
 VOCABULARY = 300
-SHAPE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.3,  # as spread as a trained model's, so that the prompt matters and no two tokens tie
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=None,
-)
-EXPERTS = dict(num_experts_per_tok=2)
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # as spread as a trained model's, so that the prompt matters and no two tokens tie
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts_per_tok": 2}
 CONFIGS: dict[str, Callable] = {
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),

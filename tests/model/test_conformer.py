@@ -142,7 +142,6 @@ def test_a_fresh_encoder_keeps_the_scale_and_every_parameter_learns():
     model = encoder(replace(PRESETS["demo"], num_layers=3))
     h_BTD, _, grads = gradients(model, torch.randn(2, 80, 80), torch.tensor([80, 64]))
     assert h_BTD[0].std().item() == pytest.approx(1, abs=0.1)
-    # A key's bias adds the same to all scores of a query only where positions do not turn it: it too has a gradient.
     assert all(grads[name].abs().sum() > 0 for name, _ in model.named_parameters())
 
 

@@ -49,7 +49,12 @@ def transformers_beams(llm, prefix: torch.Tensor, **settings) -> list[tuple[list
         inputs_embeds=prefix[None],
         attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
         generation_config=GenerationConfig(
-            eos_token_id=END, pad_token_id=0, do_sample=False, return_dict_in_generate=True, output_scores=True, **settings
+            eos_token_id=END,
+            pad_token_id=0,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **settings,
         ),
     )
     rows = []
@@ -85,7 +90,7 @@ def test_beam_search_equals_that_of_transformers(family, stop, length_penalty, t
         llm = tiny_llm(family, seed=seed)
         make_end_likely(llm, by=2.0 + seed)
         prefixes = prefixes_of(llm, [5, 12, 8], seed=seed)
-        settings = dict(max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+        settings = {"max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
         ours = search(llm, prefixes, beam_size=beam_size, nbest=beam_size, stop=stop, **settings)
         for prefix, nbest in zip(prefixes, ours):
             theirs = transformers_beams(
@@ -119,11 +124,11 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(family, beam_size
     llm = tiny_llm(family)
     make_end_likely(llm, by=3.0 if family != "gemma2" else 8.0)
     prefixes = prefixes_of(llm, [3, 17, 9, 9, 1, 30, 12, 5])
-    limits = [20, 4, 15, 20, 20, 7, 1, 20]
-    config = dict(beam_size=beam_size, nbest=beam_size)
+    limits = [12, 4, 9, 12, 12, 7, 1, 12]
+    config = {"beam_size": beam_size, "nbest": beam_size}
     alone = [search(llm, [p], limits=[n], **config)[0] for p, n in zip(prefixes, limits)]
     rng = random.Random(0)
-    for _ in range(12):
+    for _ in range(6):
         mix = rng.sample(range(8), k=rng.randint(2, 8))
         together = search(llm, [prefixes[i] for i in mix], limits=[limits[i] for i in mix], **config)
         assert [[h.ids for h in nbest] for nbest in together] == [[h.ids for h in alone[i]] for i in mix], mix
@@ -202,11 +207,13 @@ def test_a_beam_as_wide_as_the_search_space_finds_what_enumeration_finds(seed):
 def test_finished_utterances_leave_the_batch():
     for beam_size, width in ((1, 1), (3, 3)):
         scorer = TableScorer(50)
-        scorer.next_of = lambda history: torch.full((50,), 0.01).scatter(
-            0, torch.tensor([END if len(history) > history[0] else 2 + len(history)]), 9.0
-        ).log_softmax(-1)
+        scorer.next_of = lambda history: (
+            torch.full((50,), 0.01)
+            .scatter(0, torch.tensor([END if len(history) > history[0] else 2 + len(history)]), 9.0)
+            .log_softmax(-1)
+        )
         out = decode(scorer, [1, 4, 2], limits=[9] * 3, end=END, config=DecodeConfig(beam_size=beam_size, stop="first"))
-        assert [len(nbest[0].ids) for nbest in out] == [0 + 0, 3, 1]
+        assert [len(nbest[0].ids) for nbest in out] == [1, 4, 2]
         assert scorer.rows_seen[0] == 3, "one row an utterance for the prefix"
         assert scorer.rows_seen[-1] == width, "the longest utterance is alone in the end"
         assert scorer.rows_seen[1:] == sorted(scorer.rows_seen[1:], reverse=True)
@@ -237,9 +244,11 @@ def test_silence_cannot_ramble(tiny_audio_llm):
 def test_the_repetition_guard_is_off_by_default_and_stops_phrases_when_on():
     def likes(*phrase):
         scorer = TableScorer(20)
-        scorer.next_of = lambda history: torch.full((20,), 0.0).scatter(
-            0, torch.tensor([phrase[(len(history) - 1) % len(phrase)]]), 9.0
-        ).log_softmax(-1)
+        scorer.next_of = lambda history: (
+            torch.full((20,), 0.0)
+            .scatter(0, torch.tensor([phrase[(len(history) - 1) % len(phrase)]]), 9.0)
+            .log_softmax(-1)
+        )
         return scorer
 
     for beam_size in (1, 2):
@@ -260,7 +269,7 @@ def test_more_beams_than_tokens_is_no_accident():
 def test_generate_gives_rows_of_ids_for_batch_decode(tiny_audio_llm, noise):
     model, batch = tiny_audio_llm(), noise([0.9, 0.4])
     make_end_likely(model.llm, by=4.0)
-    settings = dict(max_new_tokens=12, length_penalty=0.0)
+    settings = {"max_new_tokens": 12, "length_penalty": 0.0}
     ids = model.generate(*batch, num_beams=3, num_return_sequences=2, **settings)
     nbest = model.transcribe_ids(*batch, config=DecodeConfig(beam_size=3, nbest=2, **settings))
     flat = [h for hypotheses in nbest for h in hypotheses]

@@ -9,10 +9,11 @@ import soundfile
 import torch
 from torch import nn
 
-from seedling.model.features import Fbank, FeatureConfig
+from seedling.model.features import LOG_FLOOR, Fbank, FeatureConfig, mel_weights, window_weights
 
 RATE = 16000
-# float32 carries 16 nats (70 dB): in a bin farther below its frame's loudest one Kaldi is itself up to 2e-2 from float64.
+# float32 carries 16 nats (70 dB). In a bin farther below its frame's loudest one Kaldi is itself up to 2e-2 from
+# float64 on LibriSpeech, so there the two errors are compared.
 CARRIED_NATS = 16
 
 
@@ -37,13 +38,27 @@ def ours(waveform_N, fbank=None):
     return features_BTF[0].numpy()
 
 
+def exact(waveform_N, cfg):
+    """The equations in float64."""
+    samples_N = np.asarray(waveform_N, dtype=np.float32).astype(np.float64) * 32768
+    frames_TW = np.lib.stride_tricks.sliding_window_view(samples_N, cfg.window_size)[:: cfg.shift]
+    frames_TW = frames_TW - frames_TW.mean(-1, keepdims=True)
+    before_TW = np.concatenate([frames_TW[:, :1], frames_TW[:, :-1]], axis=1)
+    frames_TW = (frames_TW - cfg.preemphasis * before_TW) * window_weights(cfg).double().numpy()
+    power_TP = np.abs(np.fft.rfft(frames_TW, cfg.fft_size)) ** 2
+    return np.log(np.maximum(power_TP @ mel_weights(cfg).double().numpy(), LOG_FLOOR))
+
+
 def assert_equals_kaldi(waveform_N, cfg=None, *, name):
     expected_TF, found_TF = kaldi(waveform_N, cfg), ours(waveform_N, Fbank(cfg))
     assert found_TF.shape == expected_TF.shape, name
     carried_TF = expected_TF > expected_TF.max(-1, keepdims=True) - CARRIED_NATS
-    difference_TF = np.abs(found_TF - expected_TF)
-    assert difference_TF[carried_TF].max() <= 1e-3, f"{name}: {difference_TF[carried_TF].max():.2g}"
-    assert (difference_TF > 1e-3).mean() <= 1e-4, f"{name}: {(difference_TF > 1e-3).mean():.2g} of the cells"
+    difference = np.abs(found_TF - expected_TF)[carried_TF].max()
+    assert difference <= 1e-3, f"{name}: {difference:.2g}"
+    if not carried_TF.all():
+        exact_TF = exact(waveform_N, cfg or FeatureConfig())
+        our_error, kaldi_error = np.abs(found_TF - exact_TF).max(), np.abs(expected_TF - exact_TF).max()
+        assert our_error <= 2 * kaldi_error + 1e-3, f"{name}: ours {our_error:.2g}, Kaldi's {kaldi_error:.2g}"
 
 
 def synthetic():
@@ -152,13 +167,8 @@ def test_estimated_cmvn_normalises_valid_frames_to_mean_0_and_variance_1():
     lengths_B = torch.tensor([8000, 4000, 6000])
     batches = [(waveforms_BN[:2], lengths_B[:2]), (waveforms_BN[2:], lengths_B[2:])]
     count = fbank.estimate_cmvn(batches)
-    frames_NF = torch.cat(
-        [
-            features_BTF[b, :n]
-            for features_BTF, frames_B in map(lambda x: fbank(*x), batches)
-            for b, n in enumerate(frames_B)
-        ]
-    )
+    normalised = [(features_TF, n) for batch in batches for features_TF, n in zip(*fbank(*batch))]
+    frames_NF = torch.cat([features_TF[:n] for features_TF, n in normalised])
     assert count == len(frames_NF)
     torch.testing.assert_close(frames_NF.mean(0), torch.zeros(80), rtol=0, atol=1e-4)
     torch.testing.assert_close(frames_NF.std(0, correction=0), torch.ones(80), rtol=0, atol=1e-4)

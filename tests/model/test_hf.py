@@ -21,7 +21,7 @@ ORDERS = [
     "import seedling\nfrom transformers import AutoModel, AutoProcessor, AutoConfig",
     "from transformers import AutoModel, AutoProcessor, AutoConfig\nimport seedling",
     "import seedling\nfrom transformers import AutoConfig\nfrom transformers import AutoProcessor, AutoModel",
-    "import seedling\nfrom seedling.model.audio_llm import AudioLLM\nfrom transformers import AutoModel, AutoProcessor, AutoConfig",
+    "import seedling.model.audio_llm\nfrom transformers import AutoModel, AutoProcessor, AutoConfig",
 ]
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from seedling.model.llm import LoraSettings, add_lora, has_lora, head_is_plain, load_llm, load_tokenizer, logits_at, merge_lora
+from seedling.model.llm import (
+    LoraSettings,
+    add_lora,
+    has_lora,
+    head_is_plain,
+    load_llm,
+    load_tokenizer,
+    logits_at,
+    merge_lora,
+)
 
 REQUIRED = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe"]
 AFTER_HEAD = ["gemma2", "granite", "cohere"]
@@ -47,7 +56,7 @@ def test_a_scale_or_cap_after_the_head_is_noticed(family, tiny_llm):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no config.json in it"):
+    with pytest.raises(ValueError, match=r"no config\.json in it"):
         load_llm(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="merge it into its base model"):

@@ -59,7 +59,9 @@ def test_an_absent_or_empty_context_has_no_ids(processor):
 
 
 def test_a_saved_processor_loads_with_equal_settings_and_ids(tmp_path, tokenizer):
-    saved = AudioLLMProcessor(tokenizer, sample_rate=8000, prompts=PromptConfig(instruction="Write:", end_token="<unk>"))
+    saved = AudioLLMProcessor(
+        tokenizer, sample_rate=8000, prompts=PromptConfig(instruction="Write:", end_token="<unk>")
+    )
     saved.save_pretrained(tmp_path)
     loaded = AudioLLMProcessor.from_pretrained(tmp_path)
     assert (loaded.sample_rate, loaded.prompts) == (8000, saved.prompts)
@@ -85,7 +87,7 @@ def test_prompt_ids_are_joined_parts_and_a_start_token_comes_first_if_the_tokeni
 
 def test_an_end_token_that_is_no_token_is_refused(tokenizer):
     assert PromptTokens.of(PromptConfig(end_token="<unk>"), tokenizer=tokenizer).end == tokenizer.unk_token_id
-    with pytest.raises(ValueError, match="'<|im_end|>'"):
+    with pytest.raises(ValueError, match=r"'<\|im_end\|>'"):
         PromptTokens.of(PromptConfig(end_token="<|im_end|>"), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="must contain"):
         PromptConfig(context="names")

@@ -119,6 +119,10 @@ def test_known_key_in_the_wrong_section_is_found_elsewhere():
     assert message == "override warmup_steps=5: unknown key; nearest valid key: train.warmup_steps"
 
 
+def test_a_member_of_a_mapping_typed_with_an_underscore_is_understood():
+    assert error_of(None, "train.lr_encoder=1").endswith("nearest valid key: train.lr.encoder")
+
+
 def test_unknown_key_that_resembles_nothing_lists_what_there_is():
     assert "valid keys of encoder: dim, num_heads, dropout" in error_of(None, "encoder.qqq=5")
 

@@ -48,7 +48,10 @@ def matrix(tmp_path_factory):
     """Toy runs of all ZeRO stages on one and on two processes, half of them with an utterance whose loss is NaN."""
     kinds = {"fp32": {}, "bf16": {}, "nan": {"nan_keys": ["u0051"]}}
     runs = {
-        f"{kind}-{zero}": {"train": {"zero_stage": zero, "precision": kind.replace("nan", "fp32"), "save_every": 0}, **poison}
+        f"{kind}-{zero}": {
+            "train": {"zero_stage": zero, "precision": kind.replace("nan", "fp32"), "save_every": 0},
+            **poison,
+        }
         for kind, poison in kinds.items()
         for zero in ZERO_STAGES
     }
@@ -70,7 +73,9 @@ def test_two_processes_equal_one_on_the_same_micro_batches(matrix, kind, zero_st
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_a_bad_utterance_on_one_rank_is_skipped_by_all_and_named(matrix, zero_stage):
     for job in matrix.values():
-        last = [line for line in read_lines(job.root / f"nan-{zero_stage}" / "metrics.jsonl") if "train/loss" in line][-1]
+        last = [line for line in read_lines(job.root / f"nan-{zero_stage}" / "metrics.jsonl") if "train/loss" in line][
+            -1
+        ]
         ledger = read_lines(job.root / f"nan-{zero_stage}" / "ledger.jsonl")
         hit = [line["step"] for line in ledger if [0, 51] in line["utterances"]]
         assert last["train/nonfinite_steps"] == len(hit) >= 1
@@ -97,7 +102,9 @@ def test_micro_batches_equal_one_gradient_of_the_whole_step(tmp_path):
 
 
 @pytest.mark.parametrize("poison", ["nan_keys", "inf_gradient_keys"])
-@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")]
+)
 def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, zero_stage, precision, poison):
     _, steps = build_engine(tmp_path)
     bad_key = steps[1][2].keys[0]

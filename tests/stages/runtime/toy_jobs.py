@@ -26,7 +26,12 @@ class Job:
         self.logs = [root / f"rank{r}.log" for r in range(ranks)]
         for r, log in enumerate(self.logs):
             values = (str(r), str(r), str(ranks), "127.0.0.1", str(port))
-            environment = {**os.environ, **dict(zip(RANK_VARIABLES, values)), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+            environment = {
+                **os.environ,
+                **dict(zip(RANK_VARIABLES, values)),
+                "PYTHONSAFEPATH": "1",
+                "OMP_NUM_THREADS": "1",
+            }
             command = [sys.executable, str(TOY), str(root), json.dumps(runs)]
             with log.open("w") as f:
                 self.ranks.append(subprocess.Popen(command, env=environment, stdout=f, stderr=subprocess.STDOUT))

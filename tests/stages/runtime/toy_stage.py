@@ -43,7 +43,9 @@ class ToyCorpus:
     """An index as the plan wants it: one frame counts as one second."""
 
     def __init__(self, utterances: int):
-        rows = np.zeros(utterances, dtype=[("key", "S8"), ("samples", "i8"), ("sample_rate", "i4"), ("text_chars", "i4")])
+        rows = np.zeros(
+            utterances, dtype=[("key", "S8"), ("samples", "i8"), ("sample_rate", "i4"), ("text_chars", "i4")]
+        )
         rows["key"] = [f"u{i:04d}".encode() for i in range(utterances)]
         rows["samples"] = 1 + np.arange(utterances) * 7 % 9
         rows["sample_rate"] = 1

@@ -1,0 +1,136 @@
+"""Checkpoints are whole or passed over; a run that was killed ends exactly like one that was not."""
+
+import json
+import random
+import signal
+
+import pytest
+import torch
+from seedling.stages.runtime.checkpoint import (
+    TrainState,
+    check_resumable,
+    find_checkpoint,
+    list_checkpoints,
+    load_state,
+    save_checkpoint,
+)
+from seedling.stages.runtime.signals import EXIT_INTERRUPTED
+from seedling.stages.runtime.world import World
+from toy_jobs import load_weights, read_lines
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def write_checkpoint(folder, step, *, keep_last=5):
+    def save_shards(staging, tag):
+        torch.save({"step": step}, f"{staging}/{tag}.pt")
+
+    return save_checkpoint(folder, TrainState(step=step), save_shards=save_shards, world=ALONE, keep_last=keep_last)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 15, 1_000_000):
+        write_checkpoint(tmp_path, step, keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_1000000", "step_000015"]
+    assert load_state(find_checkpoint(tmp_path, world=ALONE)).step == 1_000_000
+
+
+@pytest.mark.parametrize("tear", ["truncated", "flipped", "missing", "no manifest", "half a manifest"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, tear, caplog):
+    write_checkpoint(tmp_path, 5)
+    torn = write_checkpoint(tmp_path, 10)
+    shard, manifest = torn / "shards.pt", torn / "manifest.json"
+    content = shard.read_bytes()
+    if tear == "truncated":
+        shard.write_bytes(content[:-1])
+    elif tear == "flipped":
+        shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif tear == "missing":
+        shard.unlink()
+    elif tear == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text()[:40])
+    assert find_checkpoint(tmp_path, world=ALONE).name == "step_000005"
+    assert "step_000010: torn checkpoint" in caplog.text
+
+
+def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
+    write_checkpoint(tmp_path, 5).rename(tmp_path / ".step_000005.partial")
+    assert find_checkpoint(tmp_path, world=ALONE) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_fingerprint": "other"}, "training on data .*start it in another run_dir, or with train.resume=never"),
+        ({"zero_stage": 1}, "written with ZeRO stage 2, this run uses 1; set train.zero_stage=2"),
+        ({"world_size": 4}, "cut for 2 processes, this run has 4; start 2 processes"),
+        ({"frozen_digests": ["x", "y"]}, "frozen weights are not those"),
+    ],
+)
+def test_what_would_not_be_the_same_run_is_refused_with_the_way_out(tmp_path, change, message):
+    saved = {"data_fingerprint": "d", "zero_stage": 2, "world_size": 2, "frozen_digests": ["a", "b"]}
+    with pytest.raises(ValueError, match=message):
+        check_resumable(TrainState(**saved), TrainState(**{**saved, **change}), checkpoint=tmp_path)
+
+
+def test_changed_settings_are_named_and_allowed(tmp_path):
+    old = TrainState(config={"train": {"max_steps": 10, "lr": {"a": 1}}})
+    new = TrainState(config={"train": {"max_steps": 20, "lr": {"a": 1}}})
+    assert check_resumable(old, new, checkpoint=tmp_path) == ["train.max_steps: 10 -> 20"]
+
+
+def assert_same_run(killed, straight):
+    """Bit-identical weights, the same utterances at every step, the same losses in the log."""
+    a, b = load_weights(killed), load_weights(straight)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert read_lines(killed / "ledger.jsonl") == read_lines(straight / "ledger.jsonl")
+    losses = [
+        [(m["step"], m["train/loss"]) for m in read_lines(d / "metrics.jsonl") if "train/loss" in m]
+        for d in (killed, straight)
+    ]
+    # The line after a resume averages over fewer steps; the others must agree.
+    assert [x for x in losses[0] if x in losses[1]] and len(losses[0]) == len(losses[1])
+
+
+def test_a_run_killed_at_a_random_step_ends_bit_identical(tmp_path, job):
+    settings = {"sleep_seconds": 0.005, "train": {"max_steps": 24, "save_every": 3, "num_workers": 1}}
+    step = random.SystemRandom().randint(4, 20)
+    first = job(tmp_path, {"killed": settings})
+    first.wait_for_step("killed", step)
+    first.kill()
+    assert not (tmp_path / "killed" / "artifact").exists()
+    second = job(tmp_path, {"killed": settings, "straight": settings}).finish()
+    assert "resuming from" in second.output() and "checkpoints/step_0000" in second.output()
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_two_ranks_stopped_by_a_signal_and_then_killed_end_bit_identical(tmp_path, job):
+    settings = {"sleep_seconds": 0.005, "train": {"max_steps": 24, "save_every": 3, "zero_stage": 2}}
+    first = job(tmp_path, {"killed": settings}, ranks=2)
+    first.wait_for_step("killed", 2)
+    first.ranks[1].send_signal(signal.SIGTERM)  # one rank only: the other must agree
+    assert first.wait() == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], first.output()[-2000:]
+    stopped = list_checkpoints(tmp_path / "killed" / "checkpoints")[0]
+    stopped_at = load_state(stopped).step
+    assert read_lines(tmp_path / "killed" / "ledger.jsonl")[-1]["step"] == stopped_at
+
+    second = job(tmp_path, {"killed": settings}, ranks=2)
+    second.wait_for_step("killed", min(22, stopped_at + 5))
+    second.kill()
+    last = job(tmp_path, {"killed": settings, "straight": settings}, ranks=2).finish()
+    assert "resuming from" in last.output()
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_other_data_are_refused_when_resuming(tmp_path, job):
+    job(tmp_path, {"run": {"train": {"max_steps": 4}}}).finish()
+    state = load_state(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
+    assert state.step == 4 and state.samples_seen == sum(
+        len(x["utterances"]) for x in read_lines(tmp_path / "run" / "ledger.jsonl")
+    )
+    failed = job(tmp_path, {"run": {"utterances": 119, "train": {"max_steps": 8}}})
+    assert failed.wait() == [1]
+    assert "written while training on data" in failed.output() and "train.resume=never" in failed.output()
+    assert json.loads((tmp_path / "run" / "artifact" / "manifest.json").read_text())["facts"]["steps"] == 4

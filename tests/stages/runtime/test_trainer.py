@@ -1,0 +1,133 @@
+"""The loop from outside: what it trains, logs, refuses and hands on. Kills and resumes are in test_checkpoint.py."""
+
+import json
+
+import pytest
+import torch
+from seedling.stages.runtime.artifacts import load_artifact
+from seedling.stages.runtime.checkpoint import list_checkpoints
+from seedling.stages.runtime.schedule import lr_factor
+from seedling.stages.runtime.seeds import seed_forward
+from seedling.stages.runtime.train_config import TrainConfig
+from seedling.stages.runtime.trainer import run_computation, run_training
+from toy_jobs import load_weights, read_lines
+from toy_stage import ToyStage, toy_config
+
+
+def train(run_dir, stage=None, **settings):
+    return run_training(stage or ToyStage(), toy_config(run_dir, **settings), run_dir=run_dir)
+
+
+def test_training_learns_logs_and_hands_on(tmp_path):
+    path = train(tmp_path, train={"max_steps": 60, "eval_every": 20, "lr": {"body": 3e-2, "head": 3e-2}}, dropout=0.0)
+    artifact = load_artifact(path, kind="toy_model")
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    assert [line["step"] for line in lines if "valid/dev/loss" in line] == [20, 40, 60]
+    assert artifact.metrics["valid/dev/loss"] == lines[-1]["valid/dev/loss"]
+    assert artifact.facts["steps"] == 60 and artifact.facts["trainable_parameters"] == 289
+    names = ["loss", "lr", "grad_norm", "tokens_per_s", "audio_hours_per_s", "padding_frac_audio", "data_wait_frac"]
+    for name in [*names, "mem_peak_gb", "samples_seen", "epoch"]:
+        assert f"train/{name}" in lines[0]
+    json.dumps(artifact.manifest)
+
+
+def test_the_logged_loss_is_a_sum_over_a_count(tmp_path):
+    """One step of the untrained model: the log must equal the loss over all frames of the step, whatever the micro-batches."""
+    train(tmp_path, train={"max_steps": 1, "log_every": 1, "dry_run": False}, dropout=0.0)
+    logged = read_lines(tmp_path / "metrics.jsonl")[0]["train/loss"]
+    stage, cfg = ToyStage(), toy_config(tmp_path, dropout=0.0)
+    torch.manual_seed(cfg.seed)
+    model = stage.build(cfg, {})
+    data = stage.batches(cfg, "train")
+    batches = [data.dataset[m] for m in next(data.plan.steps()).micro_batches]
+    expected = sum(float(stage.loss(model, b).loss_sum.detach()) for b in batches) / sum(map(stage.count, batches))
+    assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_epochs_consume_every_utterance_that_often(tmp_path):
+    train(tmp_path, train={"epochs": 2, "save_every": 0})
+    seen = [tuple(pair) for line in read_lines(tmp_path / "ledger.jsonl") for pair in line["utterances"]]
+    assert sorted(seen) == sorted([(0, row) for row in range(120)] * 2)
+
+
+def test_the_dry_run_and_the_log_interval_change_nothing(tmp_path):
+    train(tmp_path / "a", train={"max_steps": 6, "dry_run": True, "log_every": 1, "eval_every": 2})
+    train(tmp_path / "b", train={"max_steps": 6, "dry_run": False, "log_every": 5})
+    a, b = load_weights(tmp_path / "a"), load_weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_further_goes_on_from_the_last_checkpoint(tmp_path, capsys):
+    constant = {"schedule": "constant", "warmup_steps": 0}
+    train(tmp_path / "two", train={"max_steps": 4, **constant})
+    train(tmp_path / "two", train={"max_steps": 8, **constant})
+    assert "step 5 of 8" in capsys.readouterr().out
+    train(tmp_path / "one", train={"max_steps": 8, **constant})
+    a, b = load_weights(tmp_path / "two"), load_weights(tmp_path / "one")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_never_starts_anew_and_deletes_the_old_checkpoints(tmp_path):
+    train(tmp_path, train={"max_steps": 8})
+    train(tmp_path, train={"max_steps": 4, "resume": "never"})
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_000004"]
+    assert len(read_lines(tmp_path / "ledger.jsonl")) == 4
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_naming_the_utterances(tmp_path):
+    with pytest.raises(ValueError, match=r"loss of .*u0051.*more than train.max_nonfinite_steps=0"):
+        train(tmp_path, nan_keys=["u0051"], train={"max_steps": 40, "max_nonfinite_steps": 0})
+
+
+def test_too_many_bad_utterances_stop_the_run(tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"2 of 120 utterances were unusable, more than train.max_bad_fraction=0.01"):
+        train(tmp_path, bad_keys=["u0011", "u0022", "u0033"], train={"epochs": 1})
+    assert "bad utterance: toy: u00" in caplog.text
+
+
+def test_a_frozen_parameter_that_changes_is_caught_after_the_first_step(tmp_path):
+    class Leaky(ToyStage):
+        def loss(self, model, batch):
+            if model.training and batch.index == 1:
+                model.frozen.bias.data[0] += 1e-3
+            return super().loss(model, batch)
+
+    with pytest.raises(AssertionError, match="frozen parameters changed by step 1"):
+        train(tmp_path, Leaky())
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(0, 0), (5, 5)])
+def test_the_end_of_training_must_be_said_once(tmp_path, steps, epochs):
+    with pytest.raises(ValueError, match="set exactly one of them"):
+        train(tmp_path, train={"max_steps": steps, "epochs": epochs})
+
+
+def test_a_stage_without_gradients_writes_its_artifact(tmp_path):
+    class Count:
+        consumes, produces, Config = {}, "report", ToyStage.Config
+
+        def run(self, cfg, inputs, writer):
+            (writer.path / "report.txt").write_text(str(cfg.utterances))
+            writer.metrics["utterances"] = cfg.utterances
+
+    path = run_computation(Count(), toy_config(tmp_path), run_dir=tmp_path)
+    assert load_artifact(path, kind="report").metrics == {"utterances": 120}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("cosine", [0.5, 1, 1, 0.55, 0.1]), ("linear", [0.5, 1, 1, 0.55, 0.1]), ("constant", [0.5, 1, 1, 1, 1])]
+)
+def test_schedules_warm_up_and_end_where_they_should(schedule, expected):
+    cfg = TrainConfig(warmup_steps=2, schedule=schedule, min_lr_ratio=0.1)
+    assert [lr_factor(s, total_steps=12, cfg=cfg) for s in (0, 1, 2, 7, 12)] == pytest.approx(expected)
+
+
+def test_seeds_differ_between_micro_batches_and_between_runs():
+    def draw(seed, index):
+        seed_forward(seed, index)
+        return torch.rand(3).tolist()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({tuple(draw(seed, index)) for seed in (1, 2) for index in range(20)}) == 40
