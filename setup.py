@@ -59,7 +59,7 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.6"],
-        "demo": ["espeakng-loader>=0.2.4", "scipy>=1.15"],
+        "demo": ["espeakng-loader>=0.2.4"],
         "dev": [
             "espeakng-loader>=0.2.4",
             "jiwer>=4.0",

@@ -105,6 +105,9 @@ def metrics_of(step: Step) -> dict[str, Any]:
     if metrics is None:
         corpus = _read_json(step.output / "corpus.json")
         metrics = {"utterances": corpus["utterances"], "hours": corpus["seconds"] / 3600} if corpus else {}
+    on_valid = [value for key, value in metrics.items() if key.startswith("valid/") and key.endswith("/wer")]
+    if len(on_valid) == 1:  # the one word error rate of a training stage, under the name that every stage uses
+        metrics = {"wer": on_valid[0], **metrics}
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 

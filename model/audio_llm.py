@@ -84,8 +84,8 @@ class AudioLLM(PreTrainedModel):
             ConverterConfig(**config.converter_config), encoder_dim=encoder_dim, llm_dim=llm_dim
         )
         self.ctc_head = parts.get("ctc_head")
-        if self.ctc_head is None and config.ctc_vocab_size:
-            self.ctc_head = CTCHead(encoder_dim, config.ctc_vocab_size)
+        if self.ctc_head is None and config.ctc:
+            self.ctc_head = CTCHead(encoder_dim)
         self.prompt_tokens = PromptTokens(**config.prompt_tokens)
         self.processor: AudioLLMProcessor | None = None
         if config.acoustic_dtype == "float32":
@@ -125,9 +125,11 @@ class AudioLLM(PreTrainedModel):
             specaugment_config=asdict(specaugment or SpecAugmentConfig()),
             prompts=asdict(prompts),
             prompt_tokens=asdict(PromptTokens.of(prompts, tokenizer=tokenizer)),
-            ctc_vocab_size=len(tokenizer) if ctc else 0,
+            ctc=ctc,
         )
         model = cls(config, parts=made)
+        if "converter" not in made:
+            model.converter.match_scale(llm.get_input_embeddings().weight)
         model.processor = AudioLLMProcessor(tokenizer, sample_rate=fbank.cfg.sample_rate, prompts=prompts)
         return model
 
@@ -206,9 +208,13 @@ class AudioLLM(PreTrainedModel):
         transcripts_ids: list[list[int]],
         contexts_ids: list[list[int] | None] | None = None,
         *,
+        ctc_targets: list[list[int]] | None = None,
         return_logits: bool = False,
     ) -> AudioLLMOutput:
-        """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens."""
+        """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens.
+
+        `ctc_targets` (`ctc.text_bytes` of each transcript) adds the loss of the CTC head.
+        """
         if self.training and self.llm.training != self._llm_learns():
             self.train()  # what is trained was chosen after the mode was
         speech = self.encode_speech(waveforms, lengths)
@@ -220,7 +226,7 @@ class AudioLLM(PreTrainedModel):
             nll_N=nll_N,
             rows_N=rows_N,
             correct=(logits_NV.detach().argmax(-1) == targets_N).sum(),
-            ctc=self._ctc_loss(speech, transcripts_ids),
+            ctc=self._ctc_loss(speech, ctc_targets),
             logits_NV=logits_NV if return_logits else None,
         )
 
@@ -234,10 +240,12 @@ class AudioLLM(PreTrainedModel):
         )
         return logits_NV, targets.tokens_N, targets.rows_N
 
-    def _ctc_loss(self, speech: SpeechOutput, transcripts_ids: list[list[int]]) -> CTCLoss | None:
-        if self.ctc_head is None:
+    def _ctc_loss(self, speech: SpeechOutput, targets: list[list[int]] | None) -> CTCLoss | None:
+        if targets is None:
             return None
-        return ctc_loss_sum(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B, transcripts_ids)
+        if self.ctc_head is None:
+            raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
+        return ctc_loss_sum(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B, targets)
 
     # ---- decoding
 

@@ -12,9 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 class AudioLLMConfig(PreTrainedConfig):
     """`text_config` is the LLM's own config. `prompt_tokens` are the ids of the prompt's fixed parts.
 
-    `ctc_vocab_size` counts the CTC head's classes without the blank, 0 for no head: the tokenizer's tokens, since LLMs
-    pad their vocabulary to a round number. `acoustic_dtype` is the storage type of encoder, converter and CTC head,
-    which may differ from the LLM's (`dtype`).
+    `ctc` says whether there is a CTC head on the encoder. `acoustic_dtype` is the storage type of encoder, converter
+    and CTC head, which may differ from the LLM's (`dtype`).
     """
 
     model_type = "seedling_acllm"
@@ -30,7 +29,7 @@ class AudioLLMConfig(PreTrainedConfig):
         specaugment_config: dict | None = None,
         prompts: dict | None = None,
         prompt_tokens: dict | None = None,
-        ctc_vocab_size: int = 0,
+        ctc: bool = False,
         acoustic_dtype: str = "float32",
         **kwargs,
     ):
@@ -45,7 +44,7 @@ class AudioLLMConfig(PreTrainedConfig):
         self.specaugment_config = specaugment_config or {}
         self.prompts = prompts or {}
         self.prompt_tokens = prompt_tokens or {}
-        self.ctc_vocab_size = ctc_vocab_size
+        self.ctc = ctc
         self.acoustic_dtype = acoustic_dtype
         if text_config is not None:
             # Whoever asks the outer config about the vocabulary or tied weights means the LLM's.

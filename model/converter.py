@@ -26,6 +26,19 @@ class Converter(nn.Module):
         self.norm = nn.LayerNorm(encoder_dim)
         self.proj = nn.Linear(encoder_dim * self.stride, llm_dim)
 
+    @torch.no_grad()
+    def match_scale(self, embeddings_VL: Tensor) -> None:
+        """Make a fresh projection's output as large as the LLM's token embeddings.
+
+        torch's default would start speech 20 times as large as the tokens of a typical LLM, whose first layers then see
+        little else in the residual stream.
+        """
+        token_rms = embeddings_VL.float().square().mean().sqrt()
+        # The norm hands on values of variance 1, so outputs vary as the root of a row's sum of squares.
+        own_rms = self.proj.weight.float().square().sum(1).mean().sqrt()
+        self.proj.weight.mul_(token_rms / own_rms)
+        self.proj.bias.zero_()
+
     def output_lengths(self, lengths_B: Tensor) -> Tensor:
         """Return ceil(lengths / stride)."""
         return -(-lengths_B // self.stride)

@@ -1,6 +1,7 @@
-"""CTC: an auxiliary head on the encoder, its loss as a sum, and greedy decoding.
+"""CTC: an auxiliary head on the encoder over the UTF-8 bytes of the transcript, its loss as a sum, greedy decoding.
 
-The blank is the LAST class (index `vocab_size`), so a tokenizer's ids are CTC classes without a shift.
+Bytes rather than the LLM's tokens: letters are what frames of 40 ms tell apart, and every language and LLM has the same
+257 classes (a head over 150,000 tokens would take 0.9 GB for a minute of audio). The blank is the LAST class.
 An utterance whose target cannot fit its frames (one frame a token, one more between equal neighbours) has an infinite
 loss; it is left out of the sum and counted in `too_short`, never zeroed in silence. Any other infinity or NaN stays in
 the sum, where the trainer's finite check sees it.
@@ -14,11 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+BYTES = 256
+
+
+def text_bytes(text: str) -> list[int]:
+    """Return the CTC target of a transcript."""
+    return list(text.encode("utf-8"))
+
+
+def bytes_text(target: list[int]) -> str:
+    """Return the text of decoded bytes; what is no UTF-8 shows as the replacement character."""
+    return bytes(target).decode("utf-8", errors="replace")
+
 
 class CTCHead(nn.Module):
-    """Linear and log-softmax over the vocabulary and the blank."""
+    """Linear and log-softmax over the classes and the blank."""
 
-    def __init__(self, dim: int, vocab_size: int):
+    def __init__(self, dim: int, vocab_size: int = BYTES):
         super().__init__()
         self.blank = vocab_size
         self.proj = nn.Linear(dim, vocab_size + 1)

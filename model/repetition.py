@@ -2,11 +2,11 @@
 
 A large LM can repeat what stands in its prompt. A small one trained on plain sentences cannot, and a frozen LM that
 ignores its prompt will never listen: it learns to only when many sequences cannot be guessed from the words before. So
-part of the training sequences are [instruction | pseudo speech | sentence], where pseudo speech is the sentence's own token
-embeddings made to look like a converter's output: tokens last a few positions, blanks (zero vectors) lie between them,
-some tokens are missing or wrong, each is mixed with another. How much of this a sequence gets is drawn anew, so that
-easy ones to begin with are always among them. In part of these the sentence is replaced by random tokens, which nothing
-but listening can predict.
+part of the training sequences are [instruction | pseudo speech | sentence], where pseudo speech is the sentence's own
+token embeddings made to look like a converter's output: tokens last a few positions, blanks (zero vectors) lie between
+them, some tokens are missing or wrong, each is mixed with another. How much of this a sequence gets is drawn anew, so
+that easy ones to begin with are always among them. In part of these the sentence is replaced by random tokens, which
+nothing but listening can predict.
 
 Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, V vocabulary, N target positions.
 """
@@ -63,7 +63,7 @@ class PseudoSpeech:
         if N == 0:
             return embeddings.weight.new_zeros(1, embeddings.embedding_dim)
         tokens_N = torch.where(torch.rand(N) < hardness * cfg.substitute, self.random_tokens(N), tokens_N)
-        mix_N1 = torch.rand(N, 1, device=device) * (hardness * cfg.max_mix)
+        mix_N1 = (torch.rand(N, 1) * (hardness * cfg.max_mix)).to(device)
         mixed_NL = (1 - mix_N1) * embeddings(tokens_N.to(device)) + mix_N1 * embeddings(
             self.random_tokens(N).to(device)
         )

@@ -19,6 +19,7 @@ from ..model.prompt import PromptConfig, PromptTokens, tokenize
 from ..model.repetition import RepeatingLM, RepetitionConfig
 from .runtime.artifacts import ArtifactWriter
 from .runtime.config import StageConfig
+from .runtime.seeds import seed_forward
 from .runtime.stage import StepOutput
 
 
@@ -69,8 +70,8 @@ class LMPretrain:
                 num_key_value_heads=cfg.lm.num_heads,
                 max_position_embeddings=cfg.lm.max_positions,
                 tie_word_embeddings=True,
-                # Rows of unit length. At the usual 0.02, which suits widths of thousands, repetition is learnt far later:
-                # docs/log.md has the curves.
+                # Rows of unit length. At the usual 0.02, which suits widths of thousands, repetition is learnt far
+                # later (docs/log.md).
                 initializer_range=cfg.lm.dim**-0.5,
                 pad_token_id=self.tokenizer.pad_token_id,
                 bos_token_id=self.tokenizer.bos_token_id,
@@ -121,8 +122,13 @@ class LMPretrain:
         sums = {"loss_sentences": [0.0, 0], "loss_repetitions": [0.0, 0]}
         for batch in batches:
             ids = self._tokenize(batch)
-            for name, repeated in (("loss_sentences", False), ("loss_repetitions", True)):
-                nll_N, _ = model.losses(ids, [repeated] * len(ids))
+            with torch.random.fork_rng():
+                seed_forward(0, batch.index)  # the same pseudo speech each time and on any rank: values compare
+                losses = {
+                    "loss_sentences": model.losses(ids, [False] * len(ids))[0],
+                    "loss_repetitions": model.losses(ids, [True] * len(ids))[0],
+                }
+            for name, nll_N in losses.items():
                 sums[name][0] += nll_N.sum().item()
                 sums[name][1] += len(nll_N)
         return {name: tuple(pair) for name, pair in sums.items()}

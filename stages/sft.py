@@ -19,6 +19,7 @@ from ..model.audio_llm_config import AudioLLMConfig
 from ..model.augment import SpecAugmentConfig
 from ..model.conformer import ConformerConfig, ConformerEncoder
 from ..model.converter import ConverterConfig
+from ..model.ctc import text_bytes
 from ..model.decoding import DecodeConfig
 from ..model.features import Fbank, FeatureConfig
 from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
@@ -140,7 +141,8 @@ class SFT:
         return sum(len(ids) + 1 for ids in self._tokenize(batch))
 
     def loss(self, model: nn.Module, batch: AudioBatch) -> StepOutput:
-        out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
+        ctc_targets = [text_bytes(text) for text in batch.texts] if self.cfg.ctc_weight else None
+        out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch), ctc_targets=ctc_targets)
         metrics = {"nll": (out.loss_sum.detach(), out.count), "token_acc": (out.correct, out.count)}
         loss_sum = out.loss_sum
         if out.ctc is not None:

@@ -1,9 +1,9 @@
 """Artifacts: what a stage hands on. A folder with a manifest; a folder without one does not exist.
 
-manifest.json holds kind, stage, code version, inputs with the hashes of their manifests, file hashes, the resolved config,
-metrics, and facts that must agree between stages (feature fingerprint, frame rate, tokenizer hash). It is written last and the
-folder renamed, so a reader sees a whole artifact or none. Inputs are recorded by path and manifest hash, and the chain can be
-walked back with `lineage`.
+manifest.json holds kind, stage, code version, inputs with the hashes of their manifests, file hashes, the resolved
+config, metrics, and facts that must agree between stages (feature fingerprint, frame rate, tokenizer hash). It is
+written last and the folder renamed, so a reader sees a whole artifact or none. Inputs are recorded by path and manifest
+hash, and the chain can be walked back with `lineage`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ FORMAT = 1
 
 
 class ArtifactSpec(NamedTuple):
-    """What a stage consumes. `foreign` also takes a plain folder without a manifest (a downloaded Hugging Face model)."""
+    """What a stage consumes. `foreign` also takes a folder without a manifest (a downloaded Hugging Face model)."""
 
     kind: str
     required: bool = True
@@ -86,7 +87,8 @@ def load_artifact(
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if kind and manifest["kind"] != kind:
         raise ValueError(
-            f"{path}: artifact is of kind {manifest['kind']!r} (stage {manifest['stage']}), {wanted_by} expects {kind!r}"
+            f"{path}: artifact is of kind {manifest['kind']!r} (stage {manifest['stage']}), "
+            f"{wanted_by} expects {kind!r}"
         )
     if verify and (problem := find_damage(path, manifest["files"])):
         raise ValueError(f"{path}: damaged artifact: {problem}; copy it again or run stage {manifest['stage']} again")
@@ -136,9 +138,7 @@ class ArtifactWriter:
         return self
 
     def finish(self) -> Artifact:
-        """Hash the files, write the manifest, force all to disk and rename. Replaces an older artifact at the target."""
-        from ... import __version__
-
+        """Hash the files, write the manifest, force all to disk and rename; an older artifact there is replaced."""
         names = list_files(self.path)
         if MANIFEST in names:
             raise ValueError(
@@ -148,7 +148,7 @@ class ArtifactWriter:
             "format": FORMAT,
             "kind": self.kind,
             "stage": self.stage,
-            "version": __version__,
+            "version": version("seedling"),
             "inputs": {name: _reference(artifact) for name, artifact in self.inputs.items()},
             "facts": self.facts,
             "metrics": self.metrics,
@@ -180,7 +180,7 @@ class Ancestor(NamedTuple):
 
 
 def lineage(path: str | Path) -> list[Ancestor]:
-    """Walk an artifact's inputs back to the beginning, parents after their children, each with what is wrong with it."""
+    """Walk an artifact's inputs back to the beginning, parents after children, each with what is wrong with it."""
     artifact = load_artifact(path, verify=False)
     root = Ancestor(0, "", str(artifact.path), artifact.kind, artifact.manifest["stage"], "")
     return [root, *_ancestors(artifact, 1)]

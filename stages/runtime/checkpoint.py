@@ -83,11 +83,10 @@ def damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        if (checkpoint / "manifest.json").exists() and "state.json" not in manifest["files"]:
-            return "manifest.json lists no state.json"
+        files = manifest["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"manifest.json cannot be read ({error})"
-    return find_damage(checkpoint, manifest["files"])
+    return find_damage(checkpoint, files)
 
 
 def find_checkpoint(folder: Path, *, world: World) -> Path | None:
@@ -109,7 +108,7 @@ def load_state(checkpoint: Path) -> TrainState:
 
 
 def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> list[str]:
-    """Raise ValueError where going on would not be the same run; return warnings for what may change but should be known.
+    """Raise ValueError where going on would not be the same run; return the settings that changed, which is allowed.
 
     `now` describes this run: data fingerprint, frozen digests, world size, ZeRO stage and config.
     """
@@ -117,7 +116,8 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
     if state.data_fingerprint != now.data_fingerprint:
         raise ValueError(
             f"{checkpoint}: written while training on data {state.data_fingerprint[:16]}, this run's data is "
-            f"{now.data_fingerprint[:16]} (corpus, plan limits, seed or batch size changed); to train on the new data, {away}"
+            f"{now.data_fingerprint[:16]} (corpus, plan limits, seed or batch size changed); "
+            f"to train on the new data, {away}"
         )
     if state.zero_stage != now.zero_stage:
         raise ValueError(
@@ -126,13 +126,14 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
         )
     if state.world_size != now.world_size and state.zero_stage:
         raise ValueError(
-            f"{checkpoint}: its ZeRO-{state.zero_stage} optimizer state is cut for {state.world_size} processes, this run has "
-            f"{now.world_size}; start {state.world_size} processes, or {away}. Stage 0 resumes on any number"
+            f"{checkpoint}: its ZeRO-{state.zero_stage} optimizer state is cut for {state.world_size} processes, "
+            f"this run has {now.world_size}; start {state.world_size} processes, or {away}. "
+            "Stage 0 resumes on any number"
         )
     if state.world_size == now.world_size and state.frozen_digests != now.frozen_digests:
         raise ValueError(
-            f"{checkpoint}: the frozen weights are not those that the run started with (an input artifact or the build "
-            f"changed); restore the input, or {away}"
+            f"{checkpoint}: the frozen weights are not those that the run started with (an input artifact or the "
+            f"build changed); restore the input, or {away}"
         )
     return changed_keys(state.config, now.config)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, written from TrainConfig. `train.deepspeed_extra` merges last and may not touch a key written here."""
+"""DeepSpeed's JSON, written from TrainConfig. `train.deepspeed_extra` merges last and touches no key written here."""
 
 from __future__ import annotations
 

@@ -1,16 +1,21 @@
 """One optimizer step on DeepSpeed: this file alone knows how DeepSpeed averages, clips, skips and gathers.
 
-DeepSpeed averages gradients over the R ranks. The loss's normaliser N (tokens, frames) is known before the forward pass and
-summed over ranks, so each micro-batch is backpropagated as loss_sum * R / N, and the average over ranks is the exact gradient
-of sum(loss) / N whatever each rank got.
+DeepSpeed averages gradients over the R ranks. The loss's normaliser N (tokens, frames) is known before the forward pass
+and summed over ranks, so each micro-batch is backpropagated as loss_sum * R / N, and the average over ranks is the
+exact gradient of sum(loss) / N whatever each rank got.
 
-A step that must not happen is poisoned instead of vetoed: a non-finite loss becomes a NaN gradient, the gradient norm that
-DeepSpeed sums over ranks becomes NaN on all of them, and every rank drops the step together, without another round of messages.
+A step that must not happen is poisoned instead of vetoed: a non-finite loss becomes a NaN gradient, the gradient norm
+that DeepSpeed sums over ranks becomes NaN on all of them, and every rank drops the step together, without another round
+of messages.
+
+CPU time of a step of 4 micro-batches, 2 M parameters in 384 tensors, hardly any audio: plain torch 139 ms, ZeRO 0 170,
+ZeRO 1 242, ZeRO 2 349, ZeRO 3 1226. Small models on one process want stage 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import time
 from collections.abc import Iterator
@@ -68,7 +73,7 @@ class StageLoss(nn.Module):
 
 
 class Engine:
-    """A model under DeepSpeed. `accumulation_steps` micro-batches per rank and step; the learning rate is set by the caller."""
+    """A model under DeepSpeed; the learning rate is the caller's to set before each step."""
 
     def __init__(self, stage: TrainingStage, model: nn.Module, cfg: TrainConfig, *, world: World, seed: int):
         deepspeed = import_deepspeed()
@@ -79,7 +84,7 @@ class Engine:
         self.trainable = [p for ps in self.groups.values() for p in ps]
         # fused: one call for all tensors; the loop over tensors costs more than a small model's forward pass.
         groups = optimizer_groups(self.groups, cfg)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
         config = deepspeed_config(
             cfg,
             accumulation_steps=cfg.accumulation_steps(world.size),
@@ -87,7 +92,8 @@ class Engine:
             trainable_numel=sum(map(numel, self.trainable)),
         )
         self.module = StageLoss(stage, model, bf16=cfg.precision == "bf16")
-        self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints its memory 14 times
+            self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         self.ds.train()
         # Alone at stage 0 there is nobody to reduce with; DeepSpeed would still copy every gradient twice.
         self.ds.enable_backward_allreduce = world.size > 1 or self.zero_stage > 0
@@ -102,13 +108,14 @@ class Engine:
             group["lr"] = self.cfg.lr[group["name"]] * factor
 
     def step(self, batches: list[Any], total_count: float) -> StepResult:
-        """Train on this rank's micro-batches of one step. `total_count` is the normaliser summed over ranks and batches."""
-        loss_sum, metrics = None, {}
+        """Train on this rank's micro-batches of a step; `total_count` is the normaliser over all ranks and batches."""
+        loss_sum = torch.zeros((), device=self.world.device)
+        metrics: dict[str, tuple[Any, Any]] = {}
         scale = self.world.size / max(total_count, 1.0)
         for i, batch in enumerate(batches):
             loss = self._forward(batch)
             self._backward(loss, scale, last=i == len(batches) - 1)
-            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+            loss_sum += loss.detach()
             add_metrics(metrics, self.module.metrics)
         grad_norm, applied = self._update()
         return StepResult(loss_sum, metrics, grad_norm, applied)
@@ -123,7 +130,7 @@ class Engine:
         self.ds.backward(loss * poison, scale_wrt_gas=False)
 
     def _update(self) -> tuple[float, bool]:
-        """Clip and step, or drop the step where the gradient norm is not finite; return (norm before clipping, applied)."""
+        """Clip and step, or drop the step if the norm is not finite; return (norm before clipping, applied)."""
         if self.zero_stage:
             self.ds.step()
             return float(self.ds.get_global_grad_norm()), self.ds.was_step_applied()
@@ -131,14 +138,14 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(grads)
         applied = bool(torch.isfinite(norm))
         if not applied:
-            self.ds.zero_grad()  # AdamW passes over parameters without a gradient: weights and state stay as they are
+            self.ds.zero_grad()  # AdamW passes over parameters without a gradient: weights and state stay
         elif self.cfg.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, self.cfg.grad_clip, norm)
         self.ds.step()
         return float(norm), applied
 
     def dry_run(self, batch: Any) -> float:
-        """Forward and backward of `batch` without a trace in weights, optimizer or buffers; return the seconds it took."""
+        """Forward and backward of `batch` without a trace in weights, optimizer or buffers; return its seconds."""
         start = time.perf_counter()
         with self._buffers_restored():
             self._backward(self._forward(batch), float("nan"), last=True)
@@ -147,7 +154,7 @@ class Engine:
         return time.perf_counter() - start
 
     def blame(self, batches: list[Any], total_count: float) -> list[Blame]:
-        """Replay a dropped step with a probe on every gradient; all ranks must call it. Leaves no trace, like dry_run."""
+        """Replay a dropped step with a probe on every gradient, on all ranks together. Leaves no trace, as dry_run."""
         found = []
         with self._buffers_restored(), self._probed() as bad:
             for batch in batches:
@@ -180,14 +187,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _buffers_restored(self) -> Iterator[None]:
-        """Put buffers back as they were; warn of any that a forward pass changes, because ranks would disagree about it."""
+        """Put buffers back as they were; warn of any that a forward pass changes: ranks would disagree about it."""
         saved = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         yield
         for name, buffer in self.model.named_buffers():
             if not torch.equal(buffer, saved[name]) and buffer.isfinite().all():
                 logging.getLogger(__name__).warning(
-                    f"buffer {name} changes in the forward pass: statistics of one rank's batches make the result depend on "
-                    "the number of ranks; prefer a norm without running statistics"
+                    f"buffer {name} changes in the forward pass: statistics of one rank's batches make the result "
+                    "depend on the number of ranks; prefer a norm without running statistics"
                 )
             buffer.copy_(saved[name])
 

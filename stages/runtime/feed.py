@@ -1,7 +1,7 @@
 """Planned steps in, this rank's batches out.
 
-Of a step's M planned micro-batches, rank r of R takes those at r, r + R, ...; which worker process loads one changes nothing,
-because a batch is a pure function of its planned micro-batch.
+Of a step's M planned micro-batches, rank r of R takes those at r, r + R, ...; which worker process loads one changes
+nothing, because a batch is a pure function of its planned micro-batch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _RankShare:
 def feed(
     source: PlannedBatches, *, world: World, num_workers: int = 0, cursor: Any = None, epochs: int | None = None
 ) -> Iterator[FedStep]:
-    """Yield planned steps from `cursor` on, with this rank's batches loaded by `num_workers` processes (0: in this one)."""
+    """Yield planned steps from `cursor` on with this rank's batches, loaded by `num_workers` processes (0: here)."""
     share = _RankShare(source.plan.steps(cursor=cursor, epochs=epochs), world)
     loader = DataLoader(
         source.dataset,

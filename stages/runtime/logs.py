@@ -1,7 +1,7 @@
 """What a run says: a progress bar, metrics.jsonl, ledger.jsonl and W&B, all from rank 0.
 
     metrics.jsonl   one line a log step: {"step", "train/loss", "train/lr/encoder", ..., "valid/dev/wer", ...}
-    ledger.jsonl    one line a step: {"step", "epoch", "utterances": [[shard, row], ...]}, what the plan gave to all ranks
+    ledger.jsonl    one line a step: {"step", "epoch", "utterances": [[shard, row], ...]}, what all ranks consumed
 
 Both are cut back to the checkpoint's step on resume, so they read as if the run had never stopped. In W&B the x-axis is
 `global_step`, logged as a value: W&B's own step cannot go back after a resume.
@@ -13,7 +13,10 @@ import json
 import logging
 import os
 import secrets
+import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,16 @@ class RunLog:
         self.metrics_file = _Lines(run_dir / "metrics.jsonl", keep_to_step=step)
         self.ledger_file = _Lines(run_dir / "ledger.jsonl", keep_to_step=step)
         self.wandb = start_wandb(run_dir, cfg, config)
+        self.total_steps, self.first_step, self.start = total_steps, step, time.monotonic()
+        # A bar redraws its line; a file or a pipe gets a line a log step instead.
         self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", desc=run_dir.name, mininterval=1.0, dynamic_ncols=True
+            total=total_steps,
+            initial=step,
+            unit="step",
+            desc=run_dir.name,
+            mininterval=1.0,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
         )
 
     def say(self, message: str) -> None:
@@ -68,7 +79,7 @@ class RunLog:
         """One optimizer step is done: note what it consumed and move the bar."""
         if self.is_main:
             self.ledger_file.write({"step": step, "epoch": epoch, "utterances": utterances})
-            self.bar.update(step - self.bar.n)
+            self.bar.update(1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write named values of a step to metrics.jsonl and W&B, and the loss and the speed into the bar."""
@@ -79,7 +90,15 @@ class RunLog:
             self.wandb.log({"global_step": step, **values})
         if "train/loss" in values:
             speed = values["train/audio_hours_per_s"] * 3600
-            self.bar.set_postfix_str(f"loss {values['train/loss']:.4g}, {speed:.0f} s audio/s")
+            state = f"loss {values['train/loss']:.4g}, {speed:.0f} s audio/s"
+            self.bar.set_postfix_str(state)
+            if self.bar.disable:
+                self.say(f"step {step}/{self.total_steps}, {state}, {self.time_left(step)} left")
+
+    def time_left(self, step: int) -> str:
+        """At the pace since the start or the resume, as h:mm:ss."""
+        pace = (time.monotonic() - self.start) / max(1, step - self.first_step)
+        return str(timedelta(seconds=round(pace * (self.total_steps - step))))
 
     def close(self) -> None:
         if self.is_main:
@@ -91,7 +110,7 @@ class RunLog:
 
 
 def start_wandb(run_dir: Path, cfg: WandbConfig, config: dict) -> Any:
-    """Start or continue the W&B run of this run folder; None when disabled. No server in time: a warning, then offline."""
+    """Start or continue this run folder's W&B run; None when disabled. No server in time: a warning, then offline."""
     mode = cfg.mode
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"

@@ -1,4 +1,4 @@
-"""Sums between two log lines, and the named metrics that they give. Averages are sums over sums, never means of means."""
+"""Sums between two log lines, and the metrics that they give. Averages are sums over sums, never means of means."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Meters:
 
 
 def mean_metrics(sums: dict[str, tuple[Any, Any]], *, world: World) -> dict[str, float]:
-    """Return {name: sum over ranks / count over ranks}; names that only some ranks know are fine. All ranks must call it."""
+    """Return {name: sum / count} over ranks, which must all call it; names that only some ranks know are fine."""
     total: dict[str, tuple[float, float]] = {}
     for share in world.gather({name: (float(value), float(count)) for name, (value, count) in sums.items()}):
         add_metrics(total, share)

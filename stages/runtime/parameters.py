@@ -1,6 +1,6 @@
 """Which parameters learn, in which group, and proof that the others do not.
 
-Shape letters: none; a parameter is whatever the stage named. Under ZeRO-3 a rank holds and hashes its own shard of each.
+Under ZeRO-3 a rank holds, and hashes, its own shard of each parameter.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def optimizer_groups(groups: dict[str, list[nn.Parameter]], cfg: TrainConfig) ->
     missing = sorted(set(groups) - set(cfg.lr))
     if missing:
         raise ValueError(
-            f"no learning rate for parameter group {missing[0]!r} (train.lr has {', '.join(sorted(cfg.lr)) or 'none'}); "
-            f"set train.lr.{missing[0]}"
+            f"no learning rate for parameter group {missing[0]!r} "
+            f"(train.lr has {', '.join(sorted(cfg.lr)) or 'none'}); set train.lr.{missing[0]}"
         )
     result = []
     for name, parameters in groups.items():
@@ -80,5 +80,5 @@ def digest(parameters: Iterable[torch.Tensor]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for parameter in parameters:
         local = getattr(parameter, "ds_tensor", parameter).detach()
-        state.update(local.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+        state.update(local.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()

@@ -1,7 +1,7 @@
 """One seed for each forward pass, so that random state never has to be saved.
 
-Dropout and masks of a micro-batch depend on (run seed, the micro-batch's running number) alone: the same on any number of ranks,
-after a resume, and whether or not anything else has drawn random numbers in between.
+Dropout and masks of a micro-batch depend on (run seed, the micro-batch's running number) alone: the same on any number
+of ranks, after a resume, and whether or not anything else has drawn random numbers in between.
 """
 
 from __future__ import annotations

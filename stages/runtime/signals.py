@@ -12,12 +12,8 @@ EXIT_INTERRUPTED = 75
 class Interrupted(SystemExit):
     """A run stopped on request, its checkpoint written. Uncaught, the process ends with EXIT_INTERRUPTED."""
 
-    def __init__(self, message: str):
+    def __init__(self) -> None:
         super().__init__(EXIT_INTERRUPTED)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class StopRequest:

@@ -14,7 +14,7 @@ from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
 
 
 class StepOutput(NamedTuple):
-    """`loss_sum` is the sum over what `stage.count` counts, never a mean; metrics are {name: (sum, count)}, detached."""
+    """`loss_sum` is the sum over what `stage.count` counts, never a mean; metrics are {name: (sum, count)}."""
 
     loss_sum: Tensor
     metrics: dict[str, tuple[Any, Any]] = {}
@@ -54,9 +54,9 @@ class PlannedBatches(Protocol):
 class TrainingStage(Protocol):
     """A stage with gradients. `trainable` names the optimizer group of a parameter, or None for a frozen one.
 
-    `count(batch)` is the loss's normaliser (tokens, frames, utterances), known before the forward pass. `evaluate` gets this
-    rank's share of the batches and returns {metric: (sum, count)}, which the runtime adds up over ranks and divides.
-    `batches(cfg, "valid")` may return None, one set, or {set name: planned batches}.
+    `count(batch)` is the loss's normaliser (tokens, frames, utterances), known before the forward pass. `evaluate` gets
+    this rank's share of the batches and returns {metric: (sum, count)}, which the runtime adds up over ranks and
+    divides. `batches(cfg, "valid")` may return None, one set, or {set name: planned batches}.
     """
 
     consumes: ClassVar[dict[str, ArtifactSpec]]
@@ -73,7 +73,7 @@ class TrainingStage(Protocol):
 
 
 class RunStage(Protocol):
-    """A stage without gradients: computes its artifact in one go. Called on every rank; `world.init_world()` says which."""
+    """A stage without gradients: computes its artifact in one go, called on every rank (`init_world()` says which)."""
 
     consumes: ClassVar[dict[str, ArtifactSpec]]
     produces: ClassVar[str]

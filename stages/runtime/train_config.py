@@ -1,7 +1,8 @@
 """What a user sets about training, as typed and validated values; `ds_config.py` turns it into DeepSpeed's JSON.
 
-Batch sizes are seconds of audio, so they mean the same on any number of processes. One optimizer step consumes M planned
-micro-batches, M = round(global_batch_seconds / micro_batch_seconds), whatever the number of ranks R (R must divide M).
+Batch sizes are seconds of audio, so they mean the same on any number of processes. One optimizer step consumes M
+planned micro-batches, M = round(global_batch_seconds / micro_batch_seconds), whatever the number of ranks R (R must
+divide M).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class TrainConfig:
 
     @property
     def effective_zero_stage(self) -> int:
-        """bf16 without ZeRO keeps no fp32 master weights in DeepSpeed and drifts, so it runs at stage 1 (same results as 0)."""
+        """bf16 without ZeRO has no fp32 master weights in DeepSpeed and drifts, so it runs at stage 1."""
         return max(1, self.zero_stage) if self.precision == "bf16" else self.zero_stage
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -98,8 +99,8 @@ class TrainConfig:
             whole = -(-M // world_size) * world_size
             raise ValueError(
                 f"train.global_batch_seconds ({self.global_batch_seconds:g}) / train.micro_batch_seconds "
-                f"({self.micro_batch_seconds:g}) = {M} micro-batches per step, which {world_size} processes cannot share "
-                f"evenly; start {shares} processes, or set train.global_batch_seconds="
+                f"({self.micro_batch_seconds:g}) = {M} micro-batches per step, which {world_size} processes cannot "
+                f"share evenly; start {shares} processes, or set train.global_batch_seconds="
                 f"{whole * self.micro_batch_seconds:g} ({whole} micro-batches)"
             )
         return M // world_size

@@ -1,8 +1,9 @@
 """The one training loop. Read `Trainer.fit` and `Trainer.train_step`: the order in them is the whole of it.
 
-Every rank runs the same steps, by construction of the plan. Before each step the ranks add up a few numbers on the CPU (the
-loss's normaliser, seconds, bad utterances, requests to stop), so that all agree on the step, and on the step after which to stop.
-SIGTERM and SIGINT finish the step, write a checkpoint and leave with exit code 75 (EX_TEMPFAIL: start again to go on).
+Every rank runs the same steps, by construction of the plan. Before each step the ranks add up a few numbers on the CPU
+(the loss's normaliser, seconds, bad utterances, requests to stop), so that all agree on the step, and on the step after
+which to stop. SIGTERM and SIGINT finish the step, write a checkpoint and leave with exit code 75 (EX_TEMPFAIL: start
+again to go on).
 """
 
 from __future__ import annotations
@@ -96,9 +97,8 @@ class Trainer:
                 if self.due(self.train.save_every) or agreed.stop:
                     self.save()
                 if agreed.stop:
-                    raise Interrupted(
-                        f"stopped on request after step {self.state.step}; start again to go on from there"
-                    )
+                    self.log.say(f"stopped on request after step {self.state.step}; start again to go on")
+                    raise Interrupted
             self.check_frozen()
             if self.evaluated_step != self.state.step:
                 self.evaluate()
@@ -129,13 +129,13 @@ class Trainer:
             log.warning(f"bad utterance: {bad}")
         agreed = Agreed(*self.world.sum([float(x) for x in mine]))
         self.state.bad_utterances += int(agreed.bad)
-        # Judged against a thousand utterances or an epoch at least, or one bad utterance in the first batch would be 10 %.
+        # Judged against a thousand utterances or an epoch at least: one in the first batch of ten is not yet 10 %.
         seen = max(self.state.samples_seen, min(1000, self.summary.utterances))
         if self.state.bad_utterances > self.train.max_bad_fraction * seen:
             raise ValueError(
                 f"{self.state.bad_utterances} of {seen} utterances were unusable, more than train.max_bad_fraction="
-                f"{self.train.max_bad_fraction} (each is named in the log above); repair the data (`seedling check-data`) or "
-                "raise the limit"
+                f"{self.train.max_bad_fraction} (each is named in the log above); repair the data "
+                "(`seedling check-data`) or raise the limit"
             )
         return agreed
 
@@ -221,8 +221,8 @@ class Trainer:
         if self.world.is_main:
             at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()
             print(
-                f"resuming from {checkpoint}: step {state.step + 1} of {self.total_steps}, epoch {at.epoch}, step {at.step} "
-                f"in it, after {state.samples_seen} utterances"
+                f"resuming from {checkpoint}: step {state.step + 1} of {self.total_steps}, epoch {at.epoch}, "
+                f"step {at.step} in it, after {state.samples_seen} utterances"
             )
             for change in changes:
                 log.warning(f"config changed since the checkpoint: {change}")
@@ -245,9 +245,9 @@ class Trainer:
         plan, M = self.summary, self.train.micro_batches
         self.log.say(format_table(parameter_table(self.engine.model, self.engine.groups, self.train.lr)))
         self.log.say(
-            f"data: {plan.utterances} utterances, {plan.seconds / 3600:.3g} h, {plan.steps} steps an epoch of {M} micro-batches, "
-            f"padding {plan.padding_fraction:.1%}, refused {plan.num_refused}; {self.total_steps} steps on {self.world.size} "
-            f"x {self.world.device.type}, {self.train.precision}, ZeRO {self.engine.zero_stage}"
+            f"data: {plan.utterances} utterances, {plan.seconds / 3600:.3g} h, {plan.steps} steps an epoch of {M} "
+            f"micro-batches, padding {plan.padding_fraction:.1%}, refused {plan.num_refused}; {self.total_steps} steps "
+            f"on {self.world.size} x {self.world.device.type}, {self.train.precision}, ZeRO {self.engine.zero_stage}"
         )
         if self.engine.zero_stage != self.train.zero_stage:
             self.log.say("train.zero_stage=0 with bf16 has no fp32 master weights in DeepSpeed: running at stage 1")
@@ -261,8 +261,8 @@ class Trainer:
         batch = self.data.dataset[self.summary.largest].to(self.world.device)
         took = self.engine.dry_run(batch)
         self.log.say(
-            f"dry run of the largest micro-batch: {len(batch)} utterances, {batch.seconds:.1f} s of audio, {took:.2f} s, peak "
-            f"{peak_memory_gb():.2f} GB"
+            f"dry run of the largest micro-batch: {len(batch)} utterances, {batch.seconds:.1f} s of audio, "
+            f"took {took:.2f} s, peak memory {peak_memory_gb():.2f} GB"
         )
 
     def check_frozen(self) -> None:
@@ -318,9 +318,9 @@ class Trainer:
 
 
 def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path:
-    """Train `stage` to its artifact, RUN/artifact, going on from RUN/checkpoints where they are. Call it on every rank.
+    """Train `stage` to its artifact, RUN/artifact, going on from RUN/checkpoints if any. Call it on every rank.
 
-    Raises ValueError for the user's mistakes, and Interrupted (a SystemExit with code 75) after a checkpoint on request.
+    Raises ValueError for the user's mistakes, and Interrupted (a SystemExit with code 75) when asked to stop.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path
 
 
 def run_computation(stage: RunStage, cfg: Any, *, run_dir: str | Path) -> Path:
-    """Run a stage without gradients to its artifact, RUN/artifact. Call it on every rank; all write into one staging folder."""
+    """Run a stage without gradients to RUN/artifact. Call it on every rank; all write into one staging folder."""
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     world = init_world()

@@ -1,14 +1,17 @@
 """The processes of one job: who am I, on which device, and how small facts travel between ranks.
 
-Gradients go through DeepSpeed (NCCL on GPUs). Counts, stop requests and names go through gloo on the CPU, so that agreeing on
-a step never makes the host wait for the GPU's queue.
+Gradients go through DeepSpeed (NCCL on GPUs). Counts, stop requests and names go through gloo on the CPU, so that
+agreeing on a step never makes the host wait for the GPU's queue.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +87,27 @@ def _control_group() -> Any:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without its greetings and without the op that it would compile for a minute and only serving uses."""
+    """Import DeepSpeed without its greetings, and without the op for serving that it would compile for a minute."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
+    with _stderr_silenced():  # it links test programs to see which ops could be built, and the linker complains
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed still calls collectives by their old names: a warning per call site that no user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
+
+
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Send what this process and its children write to file descriptor 2 nowhere; exceptions still show."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

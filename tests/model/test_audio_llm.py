@@ -15,6 +15,7 @@ from seedling.model.prompt import PromptConfig
 FAMILIES = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe"]
 AFTER_HEAD = ["gemma2", "cohere"]
 SECONDS = [0.9, 0.31, 1.4, 0.6]
+LETTERS = [[5, 5, 200], [7], [255, 0], []]
 TRANSCRIPTS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], []]
 CONTEXTS = [None, [40, 41, 42], [43], []]
 EXACT = {"rtol": 1e-5, "atol": 2e-5}  # float32, sums in another order
@@ -33,8 +34,10 @@ def one(batch: tuple[torch.Tensor, torch.Tensor], row: int) -> tuple[torch.Tenso
 def test_a_ragged_batch_gives_each_utterance_the_loss_that_it_has_alone(family, tiny_audio_llm, noise):
     model, batch = tiny_audio_llm(family, ctc=True), noise(SECONDS)
     with torch.no_grad():
-        together = model(*batch, TRANSCRIPTS, CONTEXTS)
-        alone = [model(*one(batch, row), [TRANSCRIPTS[row]], [CONTEXTS[row]]) for row in range(4)]
+        together = model(*batch, TRANSCRIPTS, CONTEXTS, ctc_targets=LETTERS)
+        alone = [
+            model(*one(batch, row), [TRANSCRIPTS[row]], [CONTEXTS[row]], ctc_targets=[LETTERS[row]]) for row in range(4)
+        ]
     assert together.count == sum(len(t) + 1 for t in TRANSCRIPTS)
     for row, losses in enumerate(by_utterance(together, 4)):
         torch.testing.assert_close(losses, alone[row].nll_N, msg=lambda m, row=row: f"utterance {row}: {m}", **EXACT)
@@ -79,7 +82,7 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_audio_llm, noise):
     for row, length in enumerate(lengths.tolist()):
         garbage[row, length:] = float("nan")
     with torch.no_grad():
-        clean, dirty = (model(w, lengths, TRANSCRIPTS, CONTEXTS) for w in (waveforms, garbage))
+        clean, dirty = (model(w, lengths, TRANSCRIPTS, CONTEXTS, ctc_targets=LETTERS) for w in (waveforms, garbage))
     assert torch.equal(clean.nll_N, dirty.nll_N)
     assert torch.equal(clean.ctc.loss_sum, dirty.ctc.loss_sum)
 
@@ -179,9 +182,11 @@ def test_parameters_are_named_by_part(tiny_audio_llm):
     assert all(name.startswith("llm.") for name, _ in model.named_parameters() if "lora_" in name)
 
 
-def test_the_ctc_head_has_a_class_for_every_token_and_the_blank(tiny_audio_llm, tokenizer):
-    assert tiny_audio_llm(ctc=True).ctc_head.proj.out_features == len(tokenizer) + 1
+def test_the_ctc_head_has_a_class_for_every_byte_and_the_blank(tiny_audio_llm, noise):
+    assert tiny_audio_llm(ctc=True).ctc_head.proj.out_features == 257
     assert tiny_audio_llm().ctc_head is None
+    with pytest.raises(ValueError, match="no CTC head"):
+        tiny_audio_llm()(*noise(SECONDS), TRANSCRIPTS, ctc_targets=LETTERS)
 
 
 def test_an_llm_in_bfloat16_beside_a_float32_encoder_and_all_in_bfloat16_both_train(tiny_audio_llm, noise):
@@ -189,7 +194,7 @@ def test_an_llm_in_bfloat16_beside_a_float32_encoder_and_all_in_bfloat16_both_tr
     mixed, whole = tiny_audio_llm(ctc=True), tiny_audio_llm(ctc=True).bfloat16()
     mixed.llm.bfloat16()
     for model in (mixed, whole):
-        out = model(*noise(SECONDS), TRANSCRIPTS)
+        out = model(*noise(SECONDS), TRANSCRIPTS, ctc_targets=LETTERS)
         (out.loss_sum + out.ctc.loss_sum).backward()
         assert out.loss_sum.dtype == torch.float32
         assert abs(out.loss_sum - exact) / exact < 0.05

@@ -47,3 +47,12 @@ def test_nan_past_the_end_changes_neither_outputs_nor_gradients(length):
 def test_a_stride_below_1_is_an_error():
     with pytest.raises(ValueError, match=r"converter.stride \(0\)"):
         ConverterConfig(stride=0)
+
+
+def test_a_fresh_converter_speaks_as_loudly_as_the_tokens():
+    torch.manual_seed(0)
+    converter = Converter(ConverterConfig(stride=2), encoder_dim=64, llm_dim=96)
+    embeddings_VL = torch.randn(500, 96) * 0.02
+    converter.match_scale(embeddings_VL)
+    speech_BSL, _ = converter(torch.randn(4, 40, 64), torch.full((4,), 40))
+    assert 0.9 < speech_BSL.std() / embeddings_VL.std() < 1.1

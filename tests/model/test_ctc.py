@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from seedling.model.ctc import CTCHead, ctc_loss_sum, frames_needed, greedy_decode
+from seedling.model.ctc import CTCHead, bytes_text, ctc_loss_sum, frames_needed, greedy_decode, text_bytes
 
 
 def collapse(path, blank):
@@ -102,3 +102,9 @@ def test_greedy_decoding_collapses_the_best_path_up_to_each_length():
     paths = [[2, 2, 3, 2, 0, 0, 3], [3, 3, 3, 3, 3, 3, 3], [1, 3, 1, 1, 0, 2, 2]]
     log_probs_BTV = torch.nn.functional.one_hot(torch.tensor(paths), 4).float().log_softmax(-1)
     assert greedy_decode(log_probs_BTV, torch.tensor([7, 7, 4])) == [[2, 2, 0], [], [1, 1]]
+
+
+def test_any_text_becomes_bytes_and_comes_back():
+    for text in ("call sara", "naïve façade", "打开空调", "صفر", ""):
+        assert bytes_text(text_bytes(text)) == text
+    assert bytes_text([255, 65]) == "\ufffdA"

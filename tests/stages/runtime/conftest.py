@@ -1,4 +1,4 @@
-"""The toy stage and its jobs under the names `toy_stage` and `toy_jobs`: pytest's importlib mode puts no folder on the path."""
+"""The toy stage and its jobs as `toy_stage` and `toy_jobs`: pytest's importlib mode puts no folder on the path."""
 
 import importlib.util
 import os

@@ -1,6 +1,7 @@
 """Artifacts: whole or absent, checked when opened, walkable back to where they came from."""
 
 import pytest
+
 from seedling.stages.runtime.artifacts import ArtifactSpec, ArtifactWriter, lineage, load_artifact, load_inputs
 
 
@@ -24,7 +25,7 @@ def test_a_folder_without_a_manifest_does_not_exist(tmp_path):
     (writer.path / "model.bin").write_text("half")
     with pytest.raises(ValueError, match=r"a: no such artifact folder, wanted by the caller \(kind llm\)"):
         load_artifact(tmp_path / "a", kind="llm")
-    with pytest.raises(ValueError, match="no manifest.json"):
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
         load_artifact(writer.path)
 
 
@@ -36,7 +37,9 @@ def test_writing_again_replaces_the_old_artifact_whole(tmp_path):
 
 def test_the_wrong_kind_names_both_sides(tmp_path):
     write(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"kind 'speech_encoder' \(stage make_speech_encoder\), stage sft \(inputs.llm\) expects 'llm'"):
+    with pytest.raises(
+        ValueError, match=r"kind 'speech_encoder' \(stage make_speech_encoder\), stage sft \(inputs.llm\) expects 'llm'"
+    ):
         load_inputs({"llm": ArtifactSpec("llm")}, {"llm": str(tmp_path / "a")}, stage="sft")
 
 
@@ -58,9 +61,9 @@ def test_a_fact_that_disagrees_names_both_values(tmp_path):
 
 def test_inputs_missing_unknown_optional_and_foreign(tmp_path):
     consumes = {"encoder": ArtifactSpec("speech_encoder", required=False), "llm": ArtifactSpec("llm", foreign=True)}
-    with pytest.raises(ValueError, match="needs inputs.llm, an artifact of kind 'llm'"):
+    with pytest.raises(ValueError, match=r"needs inputs\.llm, an artifact of kind 'llm'"):
         load_inputs(consumes, {}, stage="sft")
-    with pytest.raises(ValueError, match="inputs.encodr='x': stage sft takes encoder, llm"):
+    with pytest.raises(ValueError, match=r"inputs\.encodr='x': stage sft takes encoder, llm"):
         load_inputs(consumes, {"encodr": "x"}, stage="sft")
     (tmp_path / "hub_model").mkdir()
     opened = load_inputs(consumes, {"llm": str(tmp_path / "hub_model")}, stage="sft")

@@ -6,6 +6,9 @@ import signal
 
 import pytest
 import torch
+from toy_jobs import load_weights, read_lines
+from toy_stage import ToyStage, toy_config
+
 from seedling.stages.runtime.checkpoint import (
     TrainState,
     check_resumable,
@@ -15,8 +18,8 @@ from seedling.stages.runtime.checkpoint import (
     save_checkpoint,
 )
 from seedling.stages.runtime.signals import EXIT_INTERRUPTED
+from seedling.stages.runtime.trainer import run_training
 from seedling.stages.runtime.world import World
-from toy_jobs import load_weights, read_lines
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -124,13 +127,11 @@ def test_two_ranks_stopped_by_a_signal_and_then_killed_end_bit_identical(tmp_pat
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
 
-def test_other_data_are_refused_when_resuming(tmp_path, job):
-    job(tmp_path, {"run": {"train": {"max_steps": 4}}}).finish()
-    state = load_state(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
-    assert state.step == 4 and state.samples_seen == sum(
-        len(x["utterances"]) for x in read_lines(tmp_path / "run" / "ledger.jsonl")
-    )
-    failed = job(tmp_path, {"run": {"utterances": 119, "train": {"max_steps": 8}}})
-    assert failed.wait() == [1]
-    assert "written while training on data" in failed.output() and "train.resume=never" in failed.output()
-    assert json.loads((tmp_path / "run" / "artifact" / "manifest.json").read_text())["facts"]["steps"] == 4
+def test_other_data_are_refused_when_resuming(tmp_path):
+    run_training(ToyStage(), toy_config(tmp_path, train={"max_steps": 4}), run_dir=tmp_path)
+    state = load_state(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert state.step == 4
+    assert state.samples_seen == sum(len(line["utterances"]) for line in read_lines(tmp_path / "ledger.jsonl"))
+    with pytest.raises(ValueError, match=r"written while training on data .* train\.resume=never"):
+        run_training(ToyStage(), toy_config(tmp_path, utterances=119, train={"max_steps": 8}), run_dir=tmp_path)
+    assert json.loads((tmp_path / "artifact" / "manifest.json").read_text())["facts"]["steps"] == 4

@@ -1,6 +1,7 @@
 """What DeepSpeed is told, and that a user's extra keys cannot contradict it."""
 
 import pytest
+
 from seedling.stages.runtime.ds_config import MAX_BUCKET, deepspeed_config
 from seedling.stages.runtime.train_config import TrainConfig
 
@@ -11,7 +12,11 @@ def config(**train) -> dict:
 
 def test_batch_sizes_multiply_out():
     made = config()
-    assert made["train_batch_size"] == made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2 == 6
+    assert (
+        made["train_batch_size"]
+        == made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2
+        == 6
+    )
 
 
 def test_the_reduce_bucket_is_no_larger_than_the_model():

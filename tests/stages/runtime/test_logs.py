@@ -50,7 +50,9 @@ def test_an_offline_wandb_run_reads_back(tmp_path):
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
     assert wandb, "the wandb command lies beside the interpreter"
-    done = subprocess.run([wandb, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [wandb, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, check=True, timeout=60
+    )
     assert "train/loss" in done.stdout and "global_step" in done.stdout
 
 

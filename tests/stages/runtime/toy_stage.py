@@ -1,7 +1,7 @@
 """A stage small enough to train in milliseconds, on the real plan: regression over utterances of 1 to 9 frames.
 
-The count is frames, which differ between utterances, so means of means would show. Dropout shows whether seeds hold, a frozen
-layer whether it stays frozen. Run as a script it trains in this process: `python toy_stage.py ROOT '{"name": {"train": {...}}}'`.
+The count is frames, which differ between utterances, so means of means would show. Dropout shows whether seeds hold, a
+frozen layer whether it stays frozen. As a script it trains: `python toy_stage.py ROOT '{"name": {"train": {...}}}'`.
 Shape letters: B utterances, T frames, D features.
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import nn
+
 from seedling.data.batches import BadUtterance, PlannedBatches
 from seedling.data.plan import Plan, PlanConfig
 from seedling.stages.runtime.artifacts import ArtifactWriter
@@ -21,7 +23,6 @@ from seedling.stages.runtime.config import StageConfig
 from seedling.stages.runtime.stage import StepOutput
 from seedling.stages.runtime.train_config import TrainConfig, WandbConfig
 from seedling.stages.runtime.trainer import run_training
-from torch import nn
 
 DIM = 6
 
@@ -159,7 +160,7 @@ class ToyStage:
 def toy_config(run_dir, *, seed: int = 1, train: dict | None = None, **toy) -> ToyConfig:
     """Return a config of 20 steps of 4 micro-batches, without W&B; `train` and `toy` override it."""
     settings = {
-        "max_steps": 20,
+        "max_steps": 0 if train and "epochs" in train else 20,
         "micro_batch_seconds": 12,
         "global_batch_seconds": 48,
         "lr": {"body": 1e-2, "head": 2e-2},

@@ -1,0 +1,74 @@
+"""The BPE tokenizer: any text comes back as it was, and a word has one spelling in tokens."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from seedling.data.tokenizer import BOS, EOS, PAD, train_bpe
+
+SENTENCES = ["call Kaitlyn now", "turn the kitchen light off", "Kaitlyn called the kitchen", "now call Marc"] * 5
+TEXTS = [
+    "call Kaitlyn now",
+    "Ein Fuß, ça va; naïve café!",
+    "打开厨房的灯",
+    "emoji 🎉 and tabs\tinside",
+    "two  blanks",
+    "don't stop .",
+    "\u202eright to left עברית",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(SENTENCES, vocab_size=330)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_comes_back_as_it_was(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids).strip() == text
+    assert tokenizer.unk_token_id is None and tokenizer.eos_token_id not in ids and tokenizer.bos_token_id not in ids
+
+
+@pytest.mark.parametrize("word", ["Kaitlyn", "kitchen", "call", "unheard-of"])
+def test_a_word_has_one_spelling_wherever_it_stands(tokenizer, word):
+    alone = tokenizer(word).input_ids
+    for before, after in (("", " now"), ("turn", ""), ("turn", " off"), ("turn off", " now")):
+        ids = tokenizer(f"{before} {word}{after}".strip()).input_ids
+        head = tokenizer(before).input_ids if before else []
+        assert ids[len(head) : len(head) + len(alone)] == alone, (before, word, after)
+
+
+def test_frequent_words_become_one_token(tokenizer):
+    assert [len(tokenizer(word).input_ids) for word in ("Kaitlyn", "kitchen", "call")] == [1, 1, 1]
+
+
+def test_special_tokens_come_first_and_are_never_part_of_a_text(tokenizer):
+    assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [PAD, BOS, EOS]
+    assert tokenizer.decode([1, *tokenizer("call").input_ids, 2], skip_special_tokens=True).strip() == "call"
+
+
+def test_the_vocabulary_has_at_most_the_size_asked_for(tokenizer):
+    assert 280 < len(tokenizer) <= 330
+    assert len(train_bpe(SENTENCES, vocab_size=280)) == 280
+    assert len(train_bpe(["a"], vocab_size=5000)) == 259  # nothing to merge
+    assert len(train_bpe([], vocab_size=259)) == 259
+
+
+def test_the_same_text_gives_the_same_tokenizer(tokenizer):
+    assert train_bpe(iter(SENTENCES), vocab_size=330).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused_with_the_smallest_that_has():
+    with pytest.raises(ValueError, match=r"vocab_size \(258\) must be at least 259"):
+        train_bpe(SENTENCES, vocab_size=258)
+
+
+def test_it_is_saved_in_hugging_face_form(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [loaded(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
+    assert [loaded.decode(loaded(text).input_ids) for text in TEXTS] == [
+        tokenizer.decode(tokenizer(text).input_ids) for text in TEXTS
+    ]
+    assert (loaded.pad_token, loaded.bos_token, loaded.eos_token) == (PAD, BOS, EOS)

@@ -1,0 +1,178 @@
+"""Pseudo speech keeps what it promises: its tokens, in their order, as long and as disturbed as the config allows."""
+
+import pytest
+import torch
+from torch import nn
+
+from seedling.model.prompt import PromptTokens
+from seedling.model.repetition import PseudoSpeech, RepeatingLM, RepetitionConfig
+
+VOCABULARY, WIDTH = 40, 16
+ORDINARY = list(range(3, VOCABULARY))
+PLAIN = {"drop": 0.0, "substitute": 0.0, "max_mix": 0.0}
+
+
+@pytest.fixture
+def embeddings() -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(VOCABULARY, WIDTH)
+
+
+def pseudo_speech(**settings) -> PseudoSpeech:
+    return PseudoSpeech(RepetitionConfig(**settings), ordinary_tokens=torch.tensor(ORDINARY))
+
+
+def runs(speech_SL: torch.Tensor, embeddings: nn.Embedding) -> list[tuple[int | None, int]]:
+    """Return (token, or None for a blank; positions that it lasts), where every position is a token's row or zeros."""
+    heard: list[tuple[int | None, int]] = []
+    for row_L in speech_SL:
+        token = None
+        if row_L.any():
+            (token,) = (embeddings.weight == row_L).all(1).nonzero()[0].tolist()
+        if heard and heard[-1][0] == token:
+            heard[-1] = (token, heard[-1][1] + 1)
+        else:
+            heard.append((token, 1))
+    return heard
+
+
+def test_without_disturbance_the_tokens_come_in_order_for_as_long_as_allowed(embeddings):
+    speech, tokens = pseudo_speech(**PLAIN, max_hold=3, max_blanks=2), [5, 9, 7, 30, 12, 5]
+    holds, blanks = set(), set()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        heard = runs(speech(tokens, embeddings), embeddings)
+        assert [token for token, _ in heard if token is not None] == tokens, f"seed {seed}"
+        holds |= {count for token, count in heard if token is not None}
+        blanks |= {count for token, count in heard if token is None}
+    assert holds == {1, 2, 3} and blanks == {1, 2}
+
+
+def test_a_hold_of_one_without_blanks_is_the_tokens_own_embeddings(embeddings):
+    speech_SL = pseudo_speech(**PLAIN, max_hold=1, max_blanks=0)([4, 4, 8], embeddings)
+    assert torch.equal(speech_SL, embeddings.weight[[4, 4, 8]])
+
+
+def test_mixing_leaves_the_token_the_nearest(embeddings):
+    """At most half of another embedding is mixed in, so that the token can still be heard."""
+    speech = pseudo_speech(drop=0.0, substitute=0.0, max_mix=0.45, max_hold=1, max_blanks=0)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, VOCABULARY, (200,))
+    mixed_SL = speech(tokens.tolist(), embeddings)
+    assert not torch.equal(mixed_SL, embeddings.weight[tokens])
+    nearest = torch.cdist(mixed_SL, embeddings.weight).argmin(1)
+    assert torch.equal(nearest, tokens)
+
+
+@pytest.mark.parametrize("what", ["drop", "substitute"])
+def test_at_most_the_configured_share_is_dropped_or_replaced(embeddings, what):
+    """Hardness is uniform from 0 to 1, so half of the share on average."""
+    speech = pseudo_speech(**{**PLAIN, what: 0.4}, max_hold=1, max_blanks=0)
+    tokens, hit = ORDINARY * 4, []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        speech_SL = speech(tokens, embeddings)
+        if what == "drop":
+            hit.append(1 - len(speech_SL) / len(tokens))
+        else:
+            hit.append(float((speech_SL != embeddings.weight[tokens]).any(1).float().mean()))
+    assert max(hit) < 0.55 and min(hit) < 0.05, (min(hit), max(hit))
+    assert sum(hit) / len(hit) == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("tokens", [[], [6]])
+def test_a_sentence_of_which_nothing_is_left_is_one_blank(embeddings, tokens):
+    speech = pseudo_speech(drop=1.0)
+    shapes = set()
+    for seed in range(50):
+        torch.manual_seed(seed)
+        speech_SL = speech(tokens, embeddings)
+        shapes.add(len(speech_SL))
+        assert speech_SL.shape[1] == WIDTH and len(speech_SL) >= 1
+    assert 1 in shapes
+
+
+def test_random_tokens_are_ordinary_ones_and_all_of_them_occur():
+    torch.manual_seed(0)
+    assert set(pseudo_speech().random_tokens(2000).tolist()) == set(ORDINARY)
+
+
+def test_the_seed_fixes_pseudo_speech(embeddings):
+    speech, found = pseudo_speech(), []
+    for _ in range(2):
+        torch.manual_seed(7)
+        found.append(speech(list(range(3, 30)), embeddings))
+    assert torch.equal(*found)
+
+
+def test_gradients_reach_the_embeddings_of_what_is_heard(embeddings):
+    pseudo_speech(**PLAIN)([5, 9], embeddings).sum().backward()
+    assert embeddings.weight.grad.any(1).nonzero().flatten().tolist() == [5, 9]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"share": 1.2}, "repetition.share is 1.2"),
+        ({"drop": -0.1}, "repetition.drop is -0.1"),
+        ({"max_hold": 0}, r"repetition.max_hold \(0\)"),
+        ({"max_blanks": -1}, r"max_blanks \(-1\)"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(setting, said):
+    with pytest.raises(ValueError, match=said):
+        RepetitionConfig(**setting)
+
+
+# ---- the LM with its loss
+
+
+@pytest.fixture
+def repeating(tiny_llm):
+    """make(**settings) -> RepeatingLM on a tiny random LM with `1` as its end and `2` as its start."""
+
+    def make(**settings) -> RepeatingLM:
+        llm = tiny_llm()
+        tokens = PromptTokens(instruction=[5, 6, 7], instruction_with_context=[8], after=[9], end=1)
+        ordinary = list(range(3, llm.config.vocab_size))
+        return RepeatingLM(llm, prompt_tokens=tokens, start=2, ordinary=ordinary, cfg=RepetitionConfig(**settings))
+
+    return make
+
+
+def test_a_plain_sentence_has_the_loss_of_the_llm_itself(repeating):
+    model, sentence = repeating(), [20, 21, 22]
+    nll_N, heard_N = model.losses([sentence], [False])
+    logits = model.llm(torch.tensor([[2, *sentence]])).logits[0]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([*sentence, 1]), reduction="none")
+    torch.testing.assert_close(nll_N, expected)
+    assert not heard_N.any()
+
+
+def test_a_repetition_has_the_loss_of_the_whole_prompt_written_out(repeating):
+    model, sentence = repeating(**PLAIN, max_hold=1, max_blanks=0), [20, 21, 22]
+    nll_N, heard_N = model.losses([sentence], [True])
+    prompt = [5, 6, 7, *sentence, 9]
+    logits = model.llm(torch.tensor([[*prompt, *sentence]])).logits[0, len(prompt) - 1 :]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([*sentence, 1]), reduction="none")
+    torch.testing.assert_close(nll_N, expected)
+    assert heard_N.all()
+
+
+def test_a_batch_of_both_kinds_has_the_losses_of_one_by_one(repeating):
+    model = repeating(**PLAIN, max_hold=1, max_blanks=0)
+    sentences, repeats = [[20, 21, 22], [30], [40, 41], []], [True, False, False, True]
+    nll_N, heard_N = model.losses(sentences, repeats)
+    singly = [model.losses([s], [r]) for s, r in zip(sentences, repeats)]
+    torch.testing.assert_close(nll_N, torch.cat([nll for nll, _ in singly]), rtol=1e-4, atol=1e-5)
+    assert heard_N.tolist() == [True] * 4 + [False] * 2 + [False] * 3 + [True]
+
+
+def test_the_share_of_repetitions_and_the_count_of_losses_are_as_configured(repeating):
+    sentences = [[20 + i % 7, 30] for i in range(300)]
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            nll_N, heard_N = repeating(share=share)(sentences)
+        assert len(nll_N) == 3 * len(sentences)
+        assert heard_N.float().mean() == pytest.approx(share, abs=0.08)

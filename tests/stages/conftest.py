@@ -1,0 +1,66 @@
+"""What the stages' tests share: a spoken toy corpus, a small LM and a recogniser that has learnt the corpus by heart.
+
+Each is made once, by the real stages (tiny_runs.py says how). Tests read them and write elsewhere.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Under its own name, since pytest's importlib mode puts no folder on the path.
+if "tiny_runs" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("tiny_runs", Path(__file__).with_name("tiny_runs.py"))
+    sys.modules["tiny_runs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["tiny_runs"])
+
+import tiny_runs  # noqa: E402
+
+
+@pytest.fixture(scope="package", autouse=True)
+def rank_variables_restored():
+    """Training in this process makes it rank 0 of 1; later tests must not inherit that."""
+    before = {name: os.environ.get(name) for name in tiny_runs.RANK_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return tiny_runs.sentences(32, seed=1)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, texts) -> Path:
+    """28 s of speech in three shards."""
+    return tiny_runs.make_shards(tmp_path_factory.mktemp("corpus"), texts)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory) -> Path:
+    """An untrained LLM, where it does not matter what the LLM knows."""
+    return tiny_runs.make_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def lm_run(tmp_path_factory) -> Path:
+    """The run of lm_pretrain on other sentences of the toy language."""
+    folder = tmp_path_factory.mktemp("lm")
+    for name, seed in (("text", 2), ("valid", 3)):
+        (folder / f"{name}.txt").write_text("\n".join(tiny_runs.sentences(300 if seed == 2 else 60, seed=seed)))
+    text = (f"text=[{folder}/text.txt]", f"valid_text=[{folder}/valid.txt]")
+    return tiny_runs.train("lm_pretrain", folder / "run", tiny_runs.LM, *text)
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory, shards, lm_run) -> Path:
+    """The run of sft that learnt the corpus by heart."""
+    data = (f"data.train=[{shards}]", f"data.valid.dev={shards}", f"inputs.llm={lm_run}/artifact")
+    run_dir = tmp_path_factory.mktemp("sft") / "run"
+    return tiny_runs.train("sft", run_dir, tiny_runs.SFT, *data, *tiny_runs.BY_HEART)

@@ -1,0 +1,282 @@
+"""sft on a spoken toy language: the frozen LLM stays as it was, what should learn learns, and what comes out loads."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny_runs
+import torch
+
+from seedling import load
+from seedling.launch.cli import main
+from seedling.launch.stage_lookup import load_stage_config
+from seedling.model.audio_llm import AudioLLM
+from seedling.stages.runtime.artifacts import lineage, load_artifact
+from seedling.stages.runtime.trainer import Trainer
+from seedling.stages.runtime.world import init_world
+from seedling.stages.sft import SFT
+
+
+@pytest.fixture
+def overrides(shards, llm_folder, tmp_path):
+    return [f"data.train=[{shards}]", f"inputs.llm={llm_folder}", "train.max_steps=3", "train.save_every=3"]
+
+
+@pytest.fixture
+def trainer(overrides, tmp_path):
+    """make(*overrides) -> Trainer of three steps, not started"""
+
+    def make(*more: str) -> Trainer:
+        config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
+        _, loaded = load_stage_config("sft", config, overrides=[f"run_dir={tmp_path}/run", *overrides, *more])
+        (tmp_path / "run").mkdir()
+        return Trainer(SFT(), loaded.config, run_dir=tmp_path / "run", world=init_world())
+
+    return make
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def optimizer_ids(trainer: Trainer) -> set[int]:
+    optimizer = getattr(trainer.engine.ds.optimizer, "optimizer", trainer.engine.ds.optimizer)
+    return {id(p) for group in optimizer.param_groups for p in group["params"]} | {id(p) for p in optimizer.state}
+
+
+# ---- what learns
+
+
+def test_the_frozen_llm_is_bit_identical_without_gradient_and_without_optimizer_state(trainer, llm_folder, tmp_path):
+    trained = trainer()
+    llm, before = trained.engine.model.llm, state(trained.engine.model)
+    trained.fit()
+    changed = tiny_runs.differing(before, trained.engine.model.state_dict())
+    assert {name.split(".")[0] for name in changed} == {"encoder", "converter", "ctc_head"}
+    assert all(p.grad is None and not p.requires_grad for p in llm.parameters())
+    assert not optimizer_ids(trained) & {id(p) for p in llm.parameters()}
+    learning = sum(p.numel() for name, p in trained.engine.model.named_parameters() if not name.startswith("llm."))
+    assert trained.engine.optimizer_numel() == learning
+    shard = torch.load(tmp_path / "run/checkpoints/step_000003/shards/mp_rank_00_model_states.pt", weights_only=False)
+    assert not [name for name in shard["module"] if ".llm." in name and name.endswith("weight")]
+    artifact = trained.export()
+    kept, original = tiny_runs.weights(artifact.path), tiny_runs.weights(llm_folder)
+    assert not [name for name, value in original.items() if not torch.equal(value, kept[f"llm.{name}"])]
+    assert artifact.facts["trainable_parameters"] == learning < artifact.facts["parameters"]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_the_frozen_llm_stays_as_it_was_under_zero_and_bfloat16(trainer, llm_folder, zero_stage):
+    trained = trainer("train.precision=bf16", f"train.zero_stage={zero_stage}")
+    trained.fit()
+    kept, original = tiny_runs.weights(trained.export().path), tiny_runs.weights(llm_folder)
+    for name, value in original.items():
+        assert torch.equal(kept[f"llm.{name}"].float(), value.bfloat16().float()), name
+    losses = [line["train/loss"] for line in tiny_runs.read_lines(trained.run_dir / "metrics.jsonl")]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], losses
+
+
+def test_lora_trains_only_adapters_in_the_llm_and_exports_them_merged(trainer, shards, llm_folder):
+    trained = trainer("llm_training=lora", "lora.r=4", "lora.lora_dropout=0.1")
+    model, before = trained.engine.model, state(trained.engine.model)
+    trained.fit()
+    changed = [name for name in tiny_runs.differing(before, model.state_dict()) if name.startswith("llm.")]
+    assert changed and all("lora_" in name for name in changed)
+    assert trained.engine.groups.keys() == {"encoder", "converter", "ctc_head", "lora"}
+    artifact = trained.export().path
+    kept, original = tiny_runs.weights(artifact), tiny_runs.weights(llm_folder)
+    assert kept.keys() >= {f"llm.{name}" for name in original} and not [name for name in kept if "lora" in name]
+    moved = {name for name, value in original.items() if not torch.equal(value, kept[f"llm.{name}"])}
+    assert moved == {name for name in original if name.endswith("_proj.weight")}
+    same_answers(model.eval(), AudioLLM.from_pretrained(artifact).eval())
+
+
+def test_full_training_moves_every_part_and_its_export_is_what_was_trained(trainer, llm_folder):
+    trained = trainer("llm_training=full")
+    trained.fit()
+    assert trained.engine.groups.keys() == {"encoder", "converter", "ctc_head", "llm"}
+    artifact = trained.export().path
+    kept, original = tiny_runs.weights(artifact), tiny_runs.weights(llm_folder)
+    assert not [name for name, value in original.items() if torch.equal(value, kept[f"llm.{name}"])]
+    same_answers(trained.engine.model.eval(), AudioLLM.from_pretrained(artifact).eval())
+
+
+@torch.no_grad()
+def same_answers(a: AudioLLM, b: AudioLLM) -> None:
+    wave = torch.from_numpy(tiny_runs.speak("call Kaitlyn stop"))[None]
+    losses = [model(wave, torch.tensor([wave.shape[1]]), [[20, 21, 22]]).nll_N for model in (a, b)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_without_ctc_there_is_no_head_and_its_learning_rate_is_said_to_have_no_effect(trainer, capsys):
+    trained = trainer("ctc_weight=0", "train.max_steps=1")
+    assert trained.engine.model.ctc_head is None
+    trained.fit()
+    assert "train.lr.ctc_head has no effect" in capsys.readouterr().out
+    (line,) = [line for line in tiny_runs.read_lines(trained.run_dir / "metrics.jsonl") if "train/loss" in line]
+    assert not [name for name in line if "ctc" in name]
+
+
+def test_the_normaliser_counts_exactly_the_tokens_that_have_a_loss(trainer):
+    trained = trainer()
+    stage, model = trained.stage, trained.engine.model
+    (step, *_) = trained.data.plan.steps(epochs=1)
+    for micro_batch in step.micro_batches:
+        batch = trained.data.dataset[micro_batch]
+        out = stage.loss(model, batch)
+        assert stage.count(batch) == int(out.metrics["nll"][1]) == sum(len(t.split()) + 1 for t in batch.texts)
+        weighted = out.metrics["nll"][0] + 0.5 * out.metrics["ctc_loss"][0]
+        assert float(out.loss_sum.detach()) == pytest.approx(float(weighted), rel=1e-5)
+
+
+# ---- how well it learns, and what comes out
+
+
+def test_it_learns_a_small_corpus_by_heart(sft_run):
+    lines = tiny_runs.read_lines(sft_run / "metrics.jsonl")
+    losses = [line["train/nll"] for line in lines if "train/nll" in line]
+    assert losses[-1] < 0.2 * losses[0], losses
+    assert load_artifact(sft_run / "artifact").metrics["valid/dev/wer"] < 0.1
+
+
+def test_it_listens_it_has_not_only_learnt_the_sentences(sft_run, shards):
+    """Sentences that it has never heard, of which an LM alone could guess no word better than one in eight."""
+    said = tiny_runs.sentences(12, seed=99)
+    heard = load(sft_run).transcribe([tiny_runs.speak(text, seed=500 + i) for i, text in enumerate(said)])
+    words = [(a, b) for text, found in zip(said, heard) for a, b in zip(text.split(), found.text.split())]
+    assert sum(a == b for a, b in words) > 0.6 * sum(len(text.split()) for text in said), [h.text for h in heard]
+
+
+def test_the_manifest_leads_back_to_the_llm_and_holds_the_features_fingerprint(sft_run, lm_run):
+    artifact = load_artifact(sft_run / "artifact", kind="acllm")
+    model = AudioLLM.from_pretrained(artifact.path)
+    assert artifact.facts["feature_fingerprint"] == model.fbank.fingerprint()
+    assert [(a.name, a.kind, a.stage, a.problem) for a in lineage(artifact.path)] == [
+        ("", "acllm", "sft", ""),
+        ("llm", "llm", "lm_pretrain", ""),
+    ]
+
+
+def test_the_artifact_loads_with_the_auto_classes_and_says_the_same_as_our_recogniser(sft_run, tmp_path):
+    code = (
+        "import json, sys, seedling, numpy as np\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "folder, wave = sys.argv[1], np.load(sys.argv[2])\n"
+        "model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)\n"
+        "ids = model.generate(**processor(audio=[wave], sampling_rate=16000))\n"
+        "print(json.dumps(processor.batch_decode(ids)))"
+    )
+    wave = tiny_runs.speak("seven music stop", seed=77)
+    torch.save(None, tmp_path / "unused")
+    import numpy
+
+    numpy.save(tmp_path / "wave.npy", wave)
+    command = [sys.executable, "-c", code, str(sft_run / "artifact"), str(tmp_path / "wave.npy")]
+    ended = subprocess.run(command, env=tiny_runs.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (ours,) = load(sft_run).transcribe(wave)
+    assert json.loads(ended.stdout.splitlines()[-1]) == [ours.text] and ours.text
+
+
+# ---- going on from a finished recogniser
+
+
+def test_going_on_from_a_recogniser_starts_with_what_it_knew(sft_run, shards, tmp_path):
+    go_on = [f"data.train=[{shards}]", f"data.valid.dev={shards}", f"inputs.acllm={sft_run}/artifact"]
+    # A learning rate of nothing: what comes out is what went in, but for the steps it took.
+    still = [f"train.lr.{part}=0" for part in ("encoder", "converter", "ctc_head")]
+    again = tiny_runs.train("sft", tmp_path / "again", tiny_runs.SFT, *go_on, *still, "train.max_steps=2")
+    assert not tiny_runs.differing(tiny_runs.weights(sft_run), tiny_runs.weights(again))
+    before, after = (load_artifact(run / "artifact") for run in (sft_run, again))
+    assert after.metrics == pytest.approx(before.metrics, abs=1e-5)
+    assert after.facts["feature_fingerprint"] == before.facts["feature_fingerprint"]
+    assert [a.stage for a in lineage(after.path)] == ["sft", "sft", "lm_pretrain"]
+
+
+def test_lora_can_be_trained_on_a_recogniser_and_gone_on_from_again(sft_run, shards, tmp_path):
+    data, start = [f"data.train=[{shards}]", "llm_training=lora", "train.max_steps=2"], sft_run
+    for round_ in range(2):
+        go_on = [*data, f"inputs.acllm={start}/artifact"]
+        start_weights, run_dir = tiny_runs.weights(start), tmp_path / f"round{round_}"
+        start = tiny_runs.train("sft", run_dir, tiny_runs.SFT, *go_on)
+        changed = tiny_runs.differing(start_weights, tiny_runs.weights(start))
+        assert {name.split(".")[0] for name in changed} == {"encoder", "converter", "ctc_head", "llm"}
+
+
+# ---- what does not fit together
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["inputs.llm=", "inputs.acllm="], "sft needs an LLM"),
+        (["inputs.acllm=ACLLM"], "leave out inputs.llm"),
+        (["inputs.llm=ACLLM"], "expects 'llm'"),
+        (["inputs.llm=", "inputs.acllm=LLM"], "manifest.json"),
+        (["inputs.llm=/nowhere"], "/nowhere"),
+        (["inputs.llm=SHARDS"], "not a Hugging Face model folder"),
+        (["inputs.lm=LLM"], "nearest: inputs.llm"),
+        (["llm_training=some"], "frozen, lora, full"),
+        (["llm_training=lora", "lora.r=0"], "lora.r is 0"),
+        (["data.train=[]"], "data.train is empty"),
+        (["data.train=[/nowhere]"], "/nowhere"),
+        (["train.micro_batch_seconds=0.3", "train.global_batch_seconds=0.6"], "within the limits"),
+        (["encoder.num_mel_bins=40"], "features.num_mel_bins (80)"),
+        (["llm_training=lora", "lora.target_modules=[query]"], "lora.target_modules"),
+        (["llm_training=full", "train.lr={encoder: 1e-3, converter: 1e-3, ctc_head: 1e-3}"], "train.lr.llm"),
+        (["inputs.llm=", "inputs.acllm=ACLLM", "features.sample_rate=8000"], "features.sample_rate"),
+        (["inputs.llm=", "inputs.acllm=ACLLM", "encoder.num_layers=2"], "encoder.num_layers"),
+        (["inputs.llm=", "inputs.acllm=NO_CTC"], "ctc_weight"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line_and_exit_2(
+    overrides, sft_run, shards, llm_folder, no_ctc, tmp_path, capsys, given, said
+):
+    values = tiny_runs.SFT
+    if any(text.startswith("train.lr=") for text in given):  # a mapping in an override adds to the file's
+        values = values | {"train": values["train"] | {"lr": {}}}
+    folders = {"NO_CTC": no_ctc, "ACLLM": sft_run / "artifact", "SHARDS": shards, "LLM": llm_folder}
+    for name, folder in folders.items():
+        given = [text.replace(name, str(folder)) for text in given]
+    config = tiny_runs.write_yaml(tmp_path / "sft.yaml", values)
+    assert main(["run", "sft", "--config", str(config), f"run_dir={tmp_path}/run", *overrides, *given]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedling: error:")]
+    assert len(errors) == 1 and said in errors[0], errors
+    assert not (tmp_path / "run" / "artifact").exists()
+
+
+@pytest.fixture(scope="module")
+def no_ctc(tmp_path_factory, shards, llm_folder):
+    """A recogniser without a CTC head."""
+    given = [f"data.train=[{shards}]", f"inputs.llm={llm_folder}", "ctc_weight=0", "train.max_steps=1"]
+    return tiny_runs.train("sft", tmp_path_factory.mktemp("no_ctc") / "run", tiny_runs.SFT, *given) / "artifact"
+
+
+# ---- looking before leaping
+
+
+def test_check_needs_no_weights_trains_nothing_and_tells_the_frozen_from_the_learning(
+    overrides, llm_folder, tmp_path, capsys
+):
+    hollow = tmp_path / "hollow"
+    shutil.copytree(llm_folder, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
+    arguments = [f"run_dir={tmp_path}/run", *overrides, f"inputs.llm={hollow}"]
+    assert main(["check", "sft", "--config", str(config), *arguments]) == 0
+    out = capsys.readouterr().out
+    size = sum(value.numel() for value in tiny_runs.weights(llm_folder).values())
+    (frozen,) = [line for line in out.splitlines() if line.startswith("frozen")]
+    assert f"{size:,}" in frozen and "32 utterances" in out and "0 bad" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_of_going_on_from_a_recogniser_shows_its_parts(sft_run, shards, tmp_path, capsys):
+    config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
+    arguments = [f"run_dir={tmp_path}/run", f"data.train=[{shards}]", f"inputs.acllm={sft_run}/artifact"]
+    assert main(["check", "sft", "--config", str(config), *arguments]) == 0
+    facts, out = load_artifact(sft_run / "artifact").facts, capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.split()[0] in ("encoder", "converter", "ctc_head")]
+    assert sum(int(row[2].replace(",", "")) for row in rows) == facts["trainable_parameters"]
