@@ -19,7 +19,9 @@ import random
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ SAMPLE_RATE = 16000
 LIBRISPEECH_EVERY = 2
 TRANSCRIPT_REPEATS = 5
 LM_DIGIT_STRINGS = 4000  # of each language
+LM_VALID_SENTENCES = 300
 PIECE_WORDS = (2, 20)
 BASELINES = {"untrained": ("untrained", "own"), "text only": ("sft", "silence"), "other audio": ("sft", "other")}
 QUICK_UTTERANCES = 12
@@ -153,6 +156,13 @@ def lm_text(speech: Path, train: dict[str, list[Utterance]], *, held_out: HeldOu
     return lines
 
 
+def set_apart(sentences: list[str], *, count: int) -> tuple[list[str], list[str]]:
+    """Return (training, validation) sentences; the latter are the first `count` that occur only once."""
+    occurrences = Counter(sentences)
+    valid = set(islice((sentence for sentence in sentences if occurrences[sentence] == 1), count))
+    return [s for s in sentences if s not in valid], [s for s in sentences if s in valid]
+
+
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +238,8 @@ def write_inputs(speech: Path, out: Path, *, strings: int, seed: int, quick: boo
     assert not leaked, f"{len(leaked)} texts of dev sets are among the inputs, the first: {leaked[0]}"
     for name, utterances in train.items():
         write_manifest(out / f"{name}.jsonl", utterances)
-    (out / "lm_text.txt").write_text("".join(f"{line}\n" for line in sentences), encoding="utf-8")
+    for file, lines in zip(("lm_text.txt", "lm_valid.txt"), set_apart(sentences, count=LM_VALID_SENTENCES)):
+        (out / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     done.write_text(json.dumps(settings), encoding="utf-8")
     hours = sum(utterance.seconds for utterances in train.values() for utterance in utterances) / 3600
     words = sum(len(line.split()) for line in sentences)

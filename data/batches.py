@@ -6,6 +6,7 @@ number of workers changes the speed and nothing else.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,8 +56,15 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A launcher signals the whole process tree; the trainer still needs batches to finish its step and save.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

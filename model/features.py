@@ -32,7 +32,7 @@ SLICE_FRAMES = 128
 WINDOWS = ("povey", "hanning", "hamming", "rectangular")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # a cache's key; not frozen, which OmegaConf takes for "no YAML may set it"
 class FeatureConfig:
     sample_rate: int = 16000
     num_mel_bins: int = 80

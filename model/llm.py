@@ -57,10 +57,14 @@ def load_llm(
 
 
 def fresh_llm(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a causal LM of this config with random weights, or the place for weights that are about to be loaded."""
+    """Return a causal LM of this config with random weights, or the place for weights that are about to be loaded.
+
+    It has torch's default type, which `from_pretrained(dtype=...)` sets to the one asked for; the config's is that of
+    the file.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config).to(torch.get_default_dtype())
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

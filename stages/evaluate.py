@@ -39,7 +39,8 @@ class EvaluateConfig(StageConfig):
     unit: str = ""  # word, char or mixed; empty: the normaliser's own
     equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
     # What the model hears: the utterance's own audio; silence, so that only the language model speaks; or the audio of
-    # its neighbour in the batch. A model whose error rate is no worse on the last two is not listening.
+    # its neighbour in the batch (its own backwards where it is alone in one). A model whose error rate is no worse on
+    # the last two is not listening.
     audio: str = "own"
     batch_seconds: float = 120.0
     precision: str = "fp32"
@@ -141,6 +142,8 @@ def _heard(audio: str, batch: AudioBatch) -> tuple[Tensor, Tensor]:
     """Return the waveforms and lengths that the model is given."""
     if audio == "silence":
         return torch.zeros_like(batch.waveforms_BN), batch.lengths_B
+    if audio == "other" and len(batch) == 1:
+        return batch.waveforms_BN.flip(1), batch.lengths_B
     if audio == "other":
         return batch.waveforms_BN.roll(1, dims=0), batch.lengths_B.roll(1)
     return batch.waveforms_BN, batch.lengths_B

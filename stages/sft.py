@@ -5,7 +5,8 @@ Starts from a pretrained encoder and an LLM folder, or goes on from a finished r
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -51,6 +52,11 @@ class SFTConfig(StageConfig):
         require_choice("llm_training", self.llm_training, LLM_TRAINING)
         if self.llm_training == "lora" and self.lora.r == 0:
             raise ValueError("llm_training is lora and lora.r is 0; set the rank, as lora.r=16, or llm_training=frozen")
+        if self.features.num_mel_bins != self.encoder.num_mel_bins:
+            raise ValueError(
+                f"features.num_mel_bins ({self.features.num_mel_bins}) and encoder.num_mel_bins "
+                f"({self.encoder.num_mel_bins}) must be equal: the encoder reads the features"
+            )
 
 
 class SFT:
@@ -66,20 +72,22 @@ class SFT:
 
     def build(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
         self.cfg, self.normalize = cfg, get_normalizer(cfg.normalizer)
-        model = self._continued(inputs) if "acllm" in inputs else self._fresh(cfg, inputs)
+        model = self._continued(cfg, inputs) if "acllm" in inputs else self._fresh(cfg, inputs)
         self.tokenizer = model.processor.tokenizer
         if cfg.llm_training == "lora":
             add_lora(model.llm, cfg.lora)
         return model
 
-    def _continued(self, inputs: dict[str, Artifact]) -> AudioLLM:
+    def _continued(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
         others = sorted(set(inputs) - {"acllm"})
         if others:
             raise ValueError(f"inputs.acllm already holds an encoder and an LLM; leave out inputs.{others[0]}")
         path = inputs["acllm"].path
+        config = _continued_config(cfg, AudioLLMConfig.from_pretrained(path), path=path)
+        self.sample_rate = config.feature_config["sample_rate"]
         if not _on_meta():
-            return AudioLLM.from_pretrained(path)
-        model = AudioLLM(AudioLLMConfig.from_pretrained(path))
+            return AudioLLM.from_pretrained(path, config=config, dtype=_llm_dtype(cfg))
+        model = AudioLLM(config)
         model.processor = AudioLLMProcessor.from_pretrained(path)
         return model
 
@@ -88,16 +96,13 @@ class SFT:
             raise ValueError(
                 "sft needs an LLM: set inputs.llm to a Hugging Face folder, or inputs.acllm to go on from one"
             )
+        self.sample_rate = cfg.features.sample_rate
         fbank = Fbank(cfg.features)
         if not _on_meta():
             fbank.estimate_cmvn(self._some_audio(cfg))
         return AudioLLM.assemble(
             encoder=ConformerEncoder(cfg.encoder),
-            llm=load_llm(
-                inputs["llm"].path,
-                dtype=torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16,
-                meta=_on_meta(),
-            ),
+            llm=load_llm(inputs["llm"].path, dtype=_llm_dtype(cfg), meta=_on_meta()),
             tokenizer=load_tokenizer(inputs["llm"].path),
             fbank=fbank,
             converter=cfg.converter,
@@ -120,6 +125,8 @@ class SFT:
 
     def trainable(self, parameter_name: str) -> str | None:
         part = parameter_name.split(".")[0]
+        if part == "ctc_head" and self.cfg.ctc_weight == 0:
+            return None  # a recogniser gone on from may have one; without its loss only weight decay would move it
         if part != "llm":
             return part
         if self.cfg.llm_training == "lora":
@@ -130,7 +137,7 @@ class SFT:
         limits = {
             "micro_batch_seconds": cfg.train.micro_batch_seconds,
             "micro_batches": cfg.train.micro_batches,
-            "sample_rate": cfg.features.sample_rate,
+            "sample_rate": self.sample_rate,
             "require_text": True,
         }
         if split == "train":
@@ -183,3 +190,33 @@ class SFT:
 def _on_meta() -> bool:
     """Whether the model is only being measured (`seedling check`): shapes without weights, and no audio read."""
     return torch.get_default_device().type == "meta"
+
+
+def _llm_dtype(cfg: SFTConfig) -> torch.dtype:
+    return torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
+
+
+def _continued_config(cfg: SFTConfig, config: AudioLLMConfig, *, path: Path) -> AudioLLMConfig:
+    """Return the recogniser's config with this run's training settings: SpecAugment, dropout, checkpointing.
+
+    Shapes, features and prompts are the recogniser's. Where cfg asks for others, that is an error and not ignored.
+    """
+    config.specaugment_config = asdict(cfg.specaugment)
+    config.audio_config |= {name: getattr(cfg.encoder, name) for name in ("dropout", "activation_checkpointing")}
+    kept = {
+        "features": (cfg.features, config.feature_config),
+        "encoder": (cfg.encoder, config.audio_config),
+        "converter": (cfg.converter, config.converter_config),
+        "prompts": (cfg.prompts, config.prompts),
+    }
+    for section, (wanted, found) in kept.items():
+        default = asdict(type(wanted)())
+        for name, value in asdict(wanted).items():
+            if value not in (default[name], found[name]):
+                raise ValueError(
+                    f"{section}.{name} is {value!r} and the recogniser {path} was made with {found[name]!r}; "
+                    "leave it out"
+                )
+    if cfg.ctc_weight > 0 and not config.ctc:
+        raise ValueError(f"ctc_weight is {cfg.ctc_weight} and the recogniser {path} has no CTC head; set ctc_weight=0")
+    return config

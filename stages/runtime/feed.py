@@ -6,14 +6,12 @@ nothing, because a batch is a pure function of its planned micro-batch.
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
-
+from ...data.batches import make_loader
 from .stage import PlannedBatches
 from .world import World
 
@@ -44,15 +42,7 @@ def feed(
 ) -> Iterator[FedStep]:
     """Yield planned steps from `cursor` on with this rank's batches, loaded by `num_workers` processes (0: here)."""
     share = _RankShare(source.plan.steps(cursor=cursor, epochs=epochs), world)
-    loader = DataLoader(
-        source.dataset,
-        sampler=share,  # type: ignore[arg-type]
-        batch_size=None,  # an element of the sampler is a whole micro-batch
-        collate_fn=_as_is,
-        num_workers=num_workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
+    loader = make_loader(source, share, num_workers=num_workers, pin_memory=world.device.type == "cuda")
     batches = iter(loader)
     while True:
         first = list(islice(batches, 1))
@@ -61,13 +51,3 @@ def feed(
         planned = share.ahead.popleft()
         rest = len(planned.micro_batches) // world.size - 1
         yield FedStep(planned, first + list(islice(batches, rest)))
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # A launcher signals the whole process tree; the trainer still needs batches to finish its step and save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -149,10 +149,10 @@ def closed_form(cfg):
     """Parameters by part: 2 feed-forward layers, attention, convolution, norms; two convolutions and a projection."""
     d, ff, c = cfg.dim, cfg.ff_mult * cfg.dim, cfg.subsampling_channels
     layer = (
-        2 * (2 * d * ff + ff + d) + (4 * d * d + 4 * d) + (3 * d * d + 3 * d) + (cfg.conv_kernel + 1) * d + 6 * 2 * d
+        2 * (2 * d * ff + ff + d) + (4 * d * d + 4 * d) + (3 * d * d + 3 * d) + (cfg.conv_kernel + 1) * d + 5 * 2 * d
     )
     front = (9 * c + c) + (9 * c * c + c) + (-(-cfg.num_mel_bins // 4) * c * d + d)
-    return front + cfg.num_layers * layer
+    return front + cfg.num_layers * layer + 2 * d
 
 
 NOMINAL = {"demo": 2e6, "75M": 75e6, "0.2B": 0.2e9, "0.6B": 0.6e9, "2B": 2e9, "5B": 5e9}

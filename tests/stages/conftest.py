@@ -16,7 +16,7 @@ if "tiny_runs" not in sys.modules:
     sys.modules["tiny_runs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["tiny_runs"])
 
-import tiny_runs  # noqa: E402
+import tiny_runs
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -33,12 +33,13 @@ def rank_variables_restored():
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    return tiny_runs.sentences(32, seed=1)
+    """Twelve sentences, each four times, with other noise each time."""
+    return [text for text in tiny_runs.sentences(12, seed=1) for _ in range(4)]
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, texts) -> Path:
-    """28 s of speech in three shards."""
+    """48 utterances, half a minute of speech, in three shards."""
     return tiny_runs.make_shards(tmp_path_factory.mktemp("corpus"), texts)
 
 

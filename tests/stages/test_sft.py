@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -14,24 +15,26 @@ from seedling import load
 from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.model.audio_llm import AudioLLM
-from seedling.stages.runtime.artifacts import lineage, load_artifact
+from seedling.stages.runtime.artifacts import lineage, load_artifact, load_inputs
 from seedling.stages.runtime.trainer import Trainer
 from seedling.stages.runtime.world import init_world
 from seedling.stages.sft import SFT
 
 
 @pytest.fixture
-def overrides(shards, llm_folder, tmp_path):
-    return [f"data.train=[{shards}]", f"inputs.llm={llm_folder}", "train.max_steps=3", "train.save_every=3"]
+def short(shards) -> list[str]:
+    """Three steps on the corpus."""
+    return [f"data.train=[{shards}]", "train.max_steps=3", "train.save_every=3"]
 
 
 @pytest.fixture
-def trainer(overrides, tmp_path):
+def trainer(short, llm_folder, tmp_path):
     """make(*overrides) -> Trainer of three steps, not started"""
 
     def make(*more: str) -> Trainer:
         config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
-        _, loaded = load_stage_config("sft", config, overrides=[f"run_dir={tmp_path}/run", *overrides, *more])
+        overrides = [f"run_dir={tmp_path}/run", f"inputs.llm={llm_folder}", *short, *more]
+        _, loaded = load_stage_config("sft", config, overrides=overrides)
         (tmp_path / "run").mkdir()
         return Trainer(SFT(), loaded.config, run_dir=tmp_path / "run", world=init_world())
 
@@ -61,7 +64,7 @@ def test_the_frozen_llm_is_bit_identical_without_gradient_and_without_optimizer_
     learning = sum(p.numel() for name, p in trained.engine.model.named_parameters() if not name.startswith("llm."))
     assert trained.engine.optimizer_numel() == learning
     shard = torch.load(tmp_path / "run/checkpoints/step_000003/shards/mp_rank_00_model_states.pt", weights_only=False)
-    assert not [name for name in shard["module"] if ".llm." in name and name.endswith("weight")]
+    assert not [name for name in shard["module"] if ".llm.model." in name]
     artifact = trained.export()
     kept, original = tiny_runs.weights(artifact.path), tiny_runs.weights(llm_folder)
     assert not [name for name, value in original.items() if not torch.equal(value, kept[f"llm.{name}"])]
@@ -106,7 +109,7 @@ def test_full_training_moves_every_part_and_its_export_is_what_was_trained(train
 
 @torch.no_grad()
 def same_answers(a: AudioLLM, b: AudioLLM) -> None:
-    wave = torch.from_numpy(tiny_runs.speak("call Kaitlyn stop"))[None]
+    wave = torch.from_numpy(tiny_runs.speak("call Marc stop"))[None]
     losses = [model(wave, torch.tensor([wave.shape[1]]), [[20, 21, 22]]).nll_N for model in (a, b)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
 
@@ -127,7 +130,8 @@ def test_the_normaliser_counts_exactly_the_tokens_that_have_a_loss(trainer):
     for micro_batch in step.micro_batches:
         batch = trained.data.dataset[micro_batch]
         out = stage.loss(model, batch)
-        assert stage.count(batch) == int(out.metrics["nll"][1]) == sum(len(t.split()) + 1 for t in batch.texts)
+        tokens = sum(len(stage.tokenizer(text).input_ids) + 1 for text in batch.texts)
+        assert stage.count(batch) == int(out.metrics["nll"][1]) == tokens
         weighted = out.metrics["nll"][0] + 0.5 * out.metrics["ctc_loss"][0]
         assert float(out.loss_sum.detach()) == pytest.approx(float(weighted), rel=1e-5)
 
@@ -142,12 +146,10 @@ def test_it_learns_a_small_corpus_by_heart(sft_run):
     assert load_artifact(sft_run / "artifact").metrics["valid/dev/wer"] < 0.1
 
 
-def test_it_listens_it_has_not_only_learnt_the_sentences(sft_run, shards):
-    """Sentences that it has never heard, of which an LM alone could guess no word better than one in eight."""
-    said = tiny_runs.sentences(12, seed=99)
-    heard = load(sft_run).transcribe([tiny_runs.speak(text, seed=500 + i) for i, text in enumerate(said)])
-    words = [(a, b) for text, found in zip(said, heard) for a, b in zip(text.split(), found.text.split())]
-    assert sum(a == b for a, b in words) > 0.6 * sum(len(text.split()) for text in said), [h.text for h in heard]
+def test_other_noise_does_not_change_what_it_hears(sft_run, texts):
+    waves = [tiny_runs.speak(text, seed=900 + i) for i, text in enumerate(texts)]
+    heard = [transcript.text for transcript in load(sft_run).transcribe(waves)]
+    assert sum(a == b for a, b in zip(heard, texts)) >= 0.8 * len(texts), heard
 
 
 def test_the_manifest_leads_back_to_the_llm_and_holds_the_features_fingerprint(sft_run, lm_run):
@@ -160,7 +162,7 @@ def test_the_manifest_leads_back_to_the_llm_and_holds_the_features_fingerprint(s
     ]
 
 
-def test_the_artifact_loads_with_the_auto_classes_and_says_the_same_as_our_recogniser(sft_run, tmp_path):
+def test_the_artifact_loads_with_the_auto_classes_and_says_the_same_as_our_recogniser(sft_run, texts, tmp_path):
     code = (
         "import json, sys, seedling, numpy as np\n"
         "from transformers import AutoModel, AutoProcessor\n"
@@ -169,16 +171,15 @@ def test_the_artifact_loads_with_the_auto_classes_and_says_the_same_as_our_recog
         "ids = model.generate(**processor(audio=[wave], sampling_rate=16000))\n"
         "print(json.dumps(processor.batch_decode(ids)))"
     )
-    wave = tiny_runs.speak("seven music stop", seed=77)
-    torch.save(None, tmp_path / "unused")
-    import numpy
-
-    numpy.save(tmp_path / "wave.npy", wave)
+    wave = tiny_runs.speak(texts[0], seed=77)
+    np.save(tmp_path / "wave.npy", wave)
     command = [sys.executable, "-c", code, str(sft_run / "artifact"), str(tmp_path / "wave.npy")]
-    ended = subprocess.run(command, env=tiny_runs.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        command, env=tiny_runs.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     (ours,) = load(sft_run).transcribe(wave)
-    assert json.loads(ended.stdout.splitlines()[-1]) == [ours.text] and ours.text
+    assert json.loads(ended.stdout.splitlines()[-1]) == [ours.text] == [texts[0]]
 
 
 # ---- going on from a finished recogniser
@@ -206,34 +207,74 @@ def test_lora_can_be_trained_on_a_recogniser_and_gone_on_from_again(sft_run, sha
         assert {name.split(".")[0] for name in changed} == {"encoder", "converter", "ctc_head", "llm"}
 
 
+def test_a_run_that_goes_on_brings_its_own_masks_and_dropout_and_may_leave_the_ctc_head_alone(
+    sft_run, shards, tmp_path
+):
+    go_on = [f"data.train=[{shards}]", f"inputs.acllm={sft_run}/artifact", "train.max_steps=1"]
+    own = ["specaugment.max_freq_bins=5", "encoder.dropout=0.25", "ctc_weight=0"]
+    again = tiny_runs.train("sft", tmp_path / "again", tiny_runs.SFT, *go_on, *own)
+    config = AudioLLM.from_pretrained(again / "artifact").config
+    assert (config.specaugment_config["max_freq_bins"], config.audio_config["dropout"]) == (5, 0.25)
+    changed = tiny_runs.differing(tiny_runs.weights(sft_run), tiny_runs.weights(again))
+    assert {name.split(".")[0] for name in changed} == {"encoder", "converter"}
+
+
+@pytest.mark.parametrize("first", ["fp32", "bf16"])
+def test_a_run_goes_on_in_its_own_precision_whatever_the_recogniser_was_trained_in(short, llm_folder, tmp_path, first):
+    second = {"fp32": "bf16", "bf16": "fp32"}[first]
+    start = [*short, f"inputs.llm={llm_folder}", f"train.precision={first}", "train.max_steps=1"]
+    start = tiny_runs.train("sft", tmp_path / "start", tiny_runs.SFT, *start)
+    go_on = [*short, f"inputs.acllm={start}/artifact", f"train.precision={second}", "train.max_steps=2"]
+    again = tiny_runs.train("sft", tmp_path / "again", tiny_runs.SFT, *go_on)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[second]
+    found = {name: value.dtype for name, value in tiny_runs.weights(again).items() if not name.startswith("fbank.")}
+    assert set(found.values()) == {dtype}, found
+    assert all(math.isfinite(line["train/loss"]) for line in tiny_runs.read_lines(again / "metrics.jsonl"))
+
+
+def test_audio_is_resampled_to_the_rate_of_the_recogniser_gone_on_from(short, llm_folder, tmp_path):
+    start = [*short, f"inputs.llm={llm_folder}", "features.sample_rate=8000", "train.max_steps=1"]
+    start = tiny_runs.train("sft", tmp_path / "start", tiny_runs.SFT, *start)
+    stage, config = SFT(), tiny_runs.write_yaml(tmp_path / "again.yaml", tiny_runs.SFT)
+    go_on = [f"run_dir={tmp_path}/again", *short, f"inputs.acllm={start}/artifact"]
+    _, loaded = load_stage_config("sft", config, overrides=go_on)
+    stage.build(loaded.config, load_inputs(stage.consumes, loaded.config.inputs, stage="sft"))
+    planned = stage.batches(loaded.config, "train")
+    assert planned.dataset[planned.plan.summary().largest].sample_rate == 8000
+
+
 # ---- what does not fit together
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["inputs.llm=", "inputs.acllm="], "sft needs an LLM"),
-        (["inputs.acllm=ACLLM"], "leave out inputs.llm"),
+        ([], "sft needs an LLM"),
+        (["inputs.llm=LLM", "inputs.acllm=ACLLM"], "leave out inputs.llm"),
         (["inputs.llm=ACLLM"], "expects 'llm'"),
-        (["inputs.llm=", "inputs.acllm=LLM"], "manifest.json"),
+        (["inputs.acllm=LLM"], "manifest.json"),
         (["inputs.llm=/nowhere"], "/nowhere"),
         (["inputs.llm=SHARDS"], "not a Hugging Face model folder"),
         (["inputs.lm=LLM"], "nearest: inputs.llm"),
-        (["llm_training=some"], "frozen, lora, full"),
+        (["inputs.llm=LLM", "llm_training=some"], "frozen, lora, full"),
         (["llm_training=lora", "lora.r=0"], "lora.r is 0"),
-        (["data.train=[]"], "data.train is empty"),
-        (["data.train=[/nowhere]"], "/nowhere"),
-        (["train.micro_batch_seconds=0.3", "train.global_batch_seconds=0.6"], "within the limits"),
-        (["encoder.num_mel_bins=40"], "features.num_mel_bins (80)"),
-        (["llm_training=lora", "lora.target_modules=[query]"], "lora.target_modules"),
-        (["llm_training=full", "train.lr={encoder: 1e-3, converter: 1e-3, ctc_head: 1e-3}"], "train.lr.llm"),
-        (["inputs.llm=", "inputs.acllm=ACLLM", "features.sample_rate=8000"], "features.sample_rate"),
-        (["inputs.llm=", "inputs.acllm=ACLLM", "encoder.num_layers=2"], "encoder.num_layers"),
-        (["inputs.llm=", "inputs.acllm=NO_CTC"], "ctc_weight"),
+        (["inputs.llm=LLM", "data.train=[]"], "data.train is empty"),
+        (["inputs.llm=LLM", "data.train=[/nowhere]"], "/nowhere"),
+        (["inputs.llm=LLM", "train.micro_batch_seconds=0.3", "train.global_batch_seconds=0.6"], "within the limits"),
+        (["inputs.llm=LLM", "encoder.num_mel_bins=40"], "features.num_mel_bins (80)"),
+        (["inputs.llm=LLM", "llm_training=lora", "lora.target_modules=[query]"], "lora.target_modules"),
+        (
+            ["inputs.llm=LLM", "llm_training=full", "train.lr={encoder: 1e-3, converter: 1e-3, ctc_head: 1e-3}"],
+            "lr.llm",
+        ),
+        (["inputs.acllm=ACLLM", "features.sample_rate=8000"], "features.sample_rate is 8000"),
+        (["inputs.acllm=ACLLM", "encoder.num_layers=2"], "encoder.num_layers is 2"),
+        (["inputs.acllm=ACLLM", "prompts.instruction=Listen"], "prompts.instruction is 'Listen'"),
+        (["inputs.acllm=NO_CTC"], "ctc_weight"),
     ],
 )
 def test_what_does_not_fit_together_is_one_line_and_exit_2(
-    overrides, sft_run, shards, llm_folder, no_ctc, tmp_path, capsys, given, said
+    short, sft_run, shards, llm_folder, no_ctc, tmp_path, capsys, given, said
 ):
     values = tiny_runs.SFT
     if any(text.startswith("train.lr=") for text in given):  # a mapping in an override adds to the file's
@@ -242,7 +283,7 @@ def test_what_does_not_fit_together_is_one_line_and_exit_2(
     for name, folder in folders.items():
         given = [text.replace(name, str(folder)) for text in given]
     config = tiny_runs.write_yaml(tmp_path / "sft.yaml", values)
-    assert main(["run", "sft", "--config", str(config), f"run_dir={tmp_path}/run", *overrides, *given]) == 2
+    assert main(["run", "sft", "--config", str(config), f"run_dir={tmp_path}/run", *short, *given]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedling: error:")]
     assert len(errors) == 1 and said in errors[0], errors
     assert not (tmp_path / "run" / "artifact").exists()
@@ -259,17 +300,17 @@ def no_ctc(tmp_path_factory, shards, llm_folder):
 
 
 def test_check_needs_no_weights_trains_nothing_and_tells_the_frozen_from_the_learning(
-    overrides, llm_folder, tmp_path, capsys
+    short, llm_folder, tmp_path, capsys
 ):
     hollow = tmp_path / "hollow"
     shutil.copytree(llm_folder, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
-    arguments = [f"run_dir={tmp_path}/run", *overrides, f"inputs.llm={hollow}"]
+    arguments = [f"run_dir={tmp_path}/run", *short, f"inputs.llm={hollow}"]
     assert main(["check", "sft", "--config", str(config), *arguments]) == 0
     out = capsys.readouterr().out
     size = sum(value.numel() for value in tiny_runs.weights(llm_folder).values())
     (frozen,) = [line for line in out.splitlines() if line.startswith("frozen")]
-    assert f"{size:,}" in frozen and "32 utterances" in out and "0 bad" in out
+    assert f"{size:,}" in frozen and "48 utterances" in out and "0 bad" in out
     assert not (tmp_path / "run").exists()
 
 
