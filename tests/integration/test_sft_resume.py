@@ -16,13 +16,11 @@ STEPS = 14
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory) -> list[str]:
-    """14 steps of two micro-batches on 32 utterances, which is two epochs and a piece, checkpoints at 4, 8 and 12."""
+    """14 steps of two micro-batches on 32 utterances: several epochs and a piece; checkpoints at 4, 8 and 12."""
     folder = tmp_path_factory.mktemp("toy")
     shards = tiny_runs.make_shards(folder / "corpus", tiny_runs.sentences(32, seed=1))
     data = [f"data.train=[{shards}]", f"inputs.llm={tiny_runs.make_llm(folder / 'llm')}"]
-    # Adam divides by the size of the gradient: with 1e-8 beside it, gradients that are zero but for rounding would move
-    # weights in whichever direction the rounding had, and two ranks round otherwise than one.
-    return [*data, "data.augment.speed_probability=0.5", f"train.max_steps={STEPS}", "train.eps=1e-5"]
+    return [*data, "data.augment.speed_probability=0.5", f"train.max_steps={STEPS}"]
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +81,10 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path, overrides, 
     tiny_runs.run_ranks(tmp_path, 2, *arguments(run_dir, overrides))
     assert tiny_runs.read_lines(run_dir / "ledger.jsonl") == tiny_runs.read_lines(untouched / "ledger.jsonl")
     two, one = tiny_runs.weights(run_dir), tiny_runs.weights(untouched)
-    print("MAXDIFF", max(float((two[n] - one[n]).abs().max()) for n in one))
     assert two.keys() == one.keys()
+    # Two terms have one sum and halving is exact, so even this holds; the tolerance is for other libraries' reductions.
     for name in one:
-        # fp32, in which ranks sum in another order: 1e-4 is a thousand roundings of a weight near 1 over 14 steps.
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: name + text)
+    assert "on 2 x cpu" in (tmp_path / "rank0.log").read_text()
     curves = [[line["train/loss"] for line in tiny_runs.read_lines(d / "metrics.jsonl")] for d in (run_dir, untouched)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) == STEPS
