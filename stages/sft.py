@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning of the audio-conditioned LLM on pairs of speech and transcript.
 
 Encoder and converter learn, the LLM stays fixed (as in Seed-ASR), unless `llm_training` says `lora` or `full`.
-Starts from a pretrained encoder and an LLM folder, or goes on from a finished recogniser (`inputs.acllm`).
+Starts from an LLM folder and a fresh encoder, or goes on from a finished recogniser (`inputs.acllm`).
 """
 
 from collections.abc import Iterable
@@ -63,7 +63,6 @@ class SFT:
     """Cross-entropy of the transcript given [instruction | speech], plus an optional CTC loss on the encoder."""
 
     consumes = {
-        "encoder": ArtifactSpec("speech_encoder", required=False),
         "llm": ArtifactSpec("llm", required=False, foreign=True),
         "acllm": ArtifactSpec("acllm", required=False),
     }

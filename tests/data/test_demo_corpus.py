@@ -14,8 +14,8 @@ import pytest
 import soundfile
 
 from seedling.data import demo_corpus, demo_text
-from seedling.data.demo_corpus import Statistics, generate, plan, statistics, voices
-from seedling.data.synthesis import ACCENTS, VARIANTS
+from seedling.data.demo_corpus import DEMO_ACCENTS, Statistics, generate, plan, statistics, voices
+from seedling.data.synthesis import VARIANTS
 
 SETTINGS = {"hours": 0.02, "heldout_utterances": 12, "lm_sentences": 2000, "seed": 3}
 SPLITS = ("train", "dev", "test")
@@ -138,7 +138,7 @@ def test_held_out_sentences_do_not_depend_on_the_hours():
 
 def test_every_voice_belongs_to_one_split_and_speaks_equally_often():
     everybody = [voice for split in SPLITS for voice in voices(split)]
-    assert sorted(everybody) == sorted(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
+    assert sorted(everybody) == sorted(f"{accent}+{variant}" for accent in DEMO_ACCENTS for variant in VARIANTS)
     said = [utterance.voice for utterance in plan(hours=0.5, heldout_utterances=64, seed=0)["test"]]
     assert {said.count(voice) for voice in voices("test")} == {64 // len(voices("test"))}
 
@@ -155,7 +155,7 @@ def test_statistics_are_totals_of_the_manifest(tmp_path):
 
 def test_a_process_that_fails_fails_the_run(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="espeak-ng comes from the extra `demo`")
-    monkeypatch.setattr(demo_corpus, "ACCENTS", ("en-gb",))  # an accent that espeak-ng does not have
+    monkeypatch.setattr(demo_corpus, "DEMO_ACCENTS", ("en-gb",))  # an accent that espeak-ng does not have
     with pytest.raises(RuntimeError, match="ended with code 1"):
         generate(tmp_path / "corpus", **SETTINGS, jobs=1)
     assert not (tmp_path / "corpus" / "train.jsonl").exists()

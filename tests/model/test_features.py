@@ -213,3 +213,17 @@ def test_options_that_cannot_be_met_are_errors(options, message):
 def test_more_mel_bins_than_the_fft_resolves_is_an_error():
     with pytest.raises(ValueError, match="use fewer bins"):
         Fbank(FeatureConfig(num_mel_bins=200))(torch.zeros(1, 400), torch.tensor([400]))
+
+
+def test_digital_silence_does_not_count_in_cmvn():
+    torch.manual_seed(0)
+    loud = torch.randn(1, 16000) * 0.1
+    padded = torch.cat([loud, torch.zeros(1, 8000)], dim=1)
+    alone, with_silence = Fbank(), Fbank()
+    alone.estimate_cmvn([(loud, torch.tensor([16000]))])
+    with_silence.estimate_cmvn([(padded, torch.tensor([24000]))])
+    # Two windows lie across the border, so the two are close and not equal.
+    torch.testing.assert_close(with_silence.mean_F, alone.mean_F, rtol=0, atol=0.2)
+    torch.testing.assert_close(with_silence.std_F, alone.std_F, rtol=0.5, atol=0)
+    with pytest.raises(ValueError, match="not silent"):
+        Fbank().estimate_cmvn([(torch.zeros(1, 16000), torch.tensor([16000]))])
