@@ -259,7 +259,7 @@ def _trim(wave: np.ndarray, *, threshold: float = 0.003) -> np.ndarray:
 
 
 def _in_the_world(wave: np.ndarray, others: list[np.ndarray], *, rng: np.random.Generator) -> np.ndarray:
-    """Add pauses, in 2 of 10 utterances a room, noise that is loud in half of them, and a level between -27 and -21 dB."""
+    """Add pauses, in 2 of 10 utterances a room, noise (loud in half of them), and a level between -27 and -21 dB."""
     pauses = (rng.uniform(0.15, 0.45, size=2) * SAMPLE_RATE).astype(int)
     wave = np.pad(wave, pauses)
     if rng.random() < 0.2:
