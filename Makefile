@@ -7,12 +7,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 # The repository root on sys.path would hide Hugging Face's `kernels` package behind ours.
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
-STAMP := $(VENV)/.seedling-installed
+# Another build of torch is another installation.
+STAMP := $(VENV)/.seedling-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .PHONY: help setup demo test lint bench clean
 

@@ -56,6 +56,7 @@ setup(
         "peft>=0.21",
         "tqdm>=4.70",
         "rapidfuzz>=3.10",
+        "psutil>=7.0",
     ],
     extras_require={
         "gpu": ["triton>=3.6"],

@@ -32,19 +32,21 @@ class AugmentConfig:
     def __post_init__(self):
         for name in ("speed_probability", "noise_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must be in 0 to 1")
+                raise ValueError(f"data.augment.{name} is {getattr(self, name)}; it must be in 0 to 1")
         if self.speed_probability and not self.speed_factors:
             raise ValueError(
-                "augment.speed_probability is above 0 and augment.speed_factors is empty; name some factors"
+                "data.augment.speed_probability is above 0 and data.augment.speed_factors is empty; name some factors"
             )
         if any(not 0.5 <= factor <= 2 for factor in self.speed_factors):
-            raise ValueError(f"augment.speed_factors is {list(self.speed_factors)}; each must be in 0.5 to 2")
+            raise ValueError(f"data.augment.speed_factors is {list(self.speed_factors)}; each must be in 0.5 to 2")
         if self.noise_probability and not self.noise_data:
             raise ValueError(
-                "augment.noise_probability is above 0 and augment.noise_data is empty; name a prepared folder"
+                "data.augment.noise_probability is above 0 and data.augment.noise_data is empty; name a prepared folder"
             )
         if self.snr_db_min > self.snr_db_max:
-            raise ValueError(f"augment.snr_db_min ({self.snr_db_min}) is above augment.snr_db_max ({self.snr_db_max})")
+            raise ValueError(
+                f"data.augment.snr_db_min ({self.snr_db_min}) is above data.augment.snr_db_max ({self.snr_db_max})"
+            )
 
     @property
     def max_stretch(self) -> float:
@@ -75,7 +77,7 @@ class Augment:
 
     def __init__(self, cfg: AugmentConfig, *, seed: int, noise: NoiseSource | None = None):
         if cfg.noise_probability and noise is None:
-            raise ValueError("augment.noise_probability is above 0 and there is no source of noise; pass `noise`")
+            raise ValueError("data.augment.noise_probability is above 0 and there is no source of noise; pass `noise`")
         self.cfg, self.seed, self.noise = cfg, seed, noise
 
     def __call__(self, waveform_N: np.ndarray, *, epoch: int, key: str) -> np.ndarray:

@@ -68,15 +68,16 @@ class PlanConfig(PlanLimits):
     def __post_init__(self):
         for name, low in (("max_seconds", 1e-9), ("window_utterances", 1), ("stretch", 1e-9), ("quadratic_seconds", 0)):
             if not getattr(self, name) >= low:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {'above' if low else 'at least'} 0")
+                shown = "train.micro_batch_seconds" if name == "max_seconds" else f"data.limits.{name}"
+                raise ValueError(f"{shown} is {getattr(self, name)}; it must be {'above' if low else 'at least'} 0")
         if not 0 <= self.length_jitter < 1:
             raise ValueError(
-                f"data.length_jitter is {self.length_jitter}; it is a fraction of the length, 0 to below 1"
+                f"data.limits.length_jitter is {self.length_jitter}; it is a fraction of the length, 0 to below 1"
             )
         if self.max_utterance_seconds and self.cost(self.max_utterance_seconds) > self.max_seconds * (1 + 1e-9):
             raise ValueError(
-                f"data.max_utterance_seconds ({self.max_utterance_seconds}) costs "
-                f"{self.cost(self.max_utterance_seconds):.4g} s and does not fit into data.max_seconds "
+                f"data.limits.max_utterance_seconds ({self.max_utterance_seconds}) costs "
+                f"{self.cost(self.max_utterance_seconds):.4g} s and does not fit into train.micro_batch_seconds "
                 f"({self.max_seconds}); lower the first or raise the second"
             )
 

@@ -12,6 +12,8 @@ Shape letters: B utterances, N samples or target positions, T encoder frames or 
 positions, L LLM width, V vocabulary.
 """
 
+import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,3 +322,17 @@ class AudioLLM(PreTrainedModel):
         if (Path(path) / "processor_config.json").is_file():
             model.processor = AudioLLMProcessor.from_pretrained(path)
         return (model, info) if report else model
+
+
+def acllm_facts(model: AudioLLM) -> dict[str, str | float]:
+    """Return what must agree between whoever wrote a recogniser and whoever reads it; goes into its manifest."""
+    frame_shift_s = model.fbank.cfg.frame_shift_ms / 1000
+    vocabulary = json.dumps(sorted(model.processor.tokenizer.get_vocab().items()), ensure_ascii=False)
+    prompts = json.dumps([model.config.prompts, model.config.prompt_tokens], sort_keys=True, ensure_ascii=False)
+    return {
+        "feature_fingerprint": model.fbank.fingerprint(),
+        "encoder_frames_per_second": round(1 / (4 * frame_shift_s), 6),
+        "llm_positions_per_second": round(1 / (4 * frame_shift_s * model.converter.stride), 6),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+    }

@@ -20,7 +20,7 @@ from ..data.payload import PayloadReader
 from ..data.plan import PlanLimits
 from ..data.scoring import ScoredUtterance, ScoreReport, score, write_report, write_score_folder
 from ..data.scoring.report import read_metrics
-from ..model.audio_llm import AudioLLM
+from ..model.audio_llm import AudioLLM, acllm_facts
 from ..model.decoding import DecodeConfig
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import StageConfig
@@ -63,6 +63,7 @@ class Evaluate:
         world = init_world()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
         model = AudioLLM.from_pretrained(inputs["acllm"].path, dtype=dtype).to(world.device).eval()
+        inputs["acllm"].require(acllm_facts(model), wanted_by="what was loaded from it")
         shares = world.gather(list(self._decode(cfg, model, world)))
         if not world.is_main:
             return

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..data.audio_sets import AudioDataConfig
 from ..data.batches import PlannedBatches
-from ..data.loader import AudioBatch
-from ..data.scoring import ErrorCounts, count_errors, get_normalizer
-from ..model.audio_llm import AudioLLM
+from ..data.loader import STAND_IN_KEY, AudioBatch
+from ..data.scoring import count_errors, get_normalizer
+from ..data.scoring import tokenize as tokenize_text
+from ..model.audio_llm import AudioLLM, acllm_facts
 from ..model.audio_llm_config import AudioLLMConfig
 from ..model.augment import SpecAugmentConfig
 from ..model.conformer import ConformerConfig, ConformerEncoder
@@ -159,31 +160,38 @@ class SFT:
 
     @torch.no_grad()
     def evaluate(self, model: AudioLLM, batches: Iterable[AudioBatch]) -> dict[str, tuple[float, float]]:
-        """Loss and greedy word error rate."""
-        sums = {"loss": [0.0, 0], "wer": [0.0, 0]}
+        """Loss, and word and character error rates of greedy decoding."""
+        sums = {"loss": [0.0, 0], "wer": [0.0, 0], "cer": [0.0, 0]}
         for batch in batches:
+            if batch.keys == [STAND_IN_KEY]:
+                continue  # nothing in it could be read; the trainer has named it
             out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
             nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig())
-            errors = [
-                self._errors(text, model.processor.decode(best.ids)) for text, (best, *_) in zip(batch.texts, nbests)
+            texts = [
+                (self.normalize(text), self.normalize(model.processor.decode(best.ids)))
+                for text, (best, *_) in zip(batch.texts, nbests)
             ]
             for name, value, count in (
                 ("loss", out.loss_sum.item(), out.count),
-                ("wer", sum(e.errors for e in errors), sum(e.reference_tokens for e in errors)),
+                ("wer", *_error_rate(texts, unit="word")),
+                ("cer", *_error_rate(texts, unit="char")),
             ):
                 sums[name][0] += value
                 sums[name][1] += count
         return {name: tuple(pair) for name, pair in sums.items()}
 
-    def _errors(self, reference: str, hypothesis: str) -> ErrorCounts:
-        return count_errors(self.normalize(reference).split(), self.normalize(hypothesis).split())
-
     def export(self, model: AudioLLM, writer: ArtifactWriter) -> None:
         model.save_pretrained(writer.path)
-        writer.facts["feature_fingerprint"] = model.fbank.fingerprint()
+        writer.facts |= acllm_facts(model)
 
     def _tokenize(self, batch: AudioBatch) -> list[list[int]]:
         return [tokenize(self.tokenizer, text) for text in batch.texts]
+
+
+def _error_rate(texts: list[tuple[str, str]], *, unit: str) -> tuple[int, int]:
+    """Return errors and reference tokens of (reference, hypothesis) pairs."""
+    counts = [count_errors(tokenize_text(reference, unit), tokenize_text(heard, unit)) for reference, heard in texts]
+    return sum(c.errors for c in counts), sum(c.reference_tokens for c in counts)
 
 
 def _on_meta() -> bool:

@@ -23,12 +23,16 @@ SILENCE_RMS = 5e-4
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was heard in one piece of audio; `nbest` are the (text, score) of the other hypotheses too, best first."""
+    """What was heard in one piece of audio; `nbest` are the (text, score) of all hypotheses, best first.
+
+    `complete` is False where the text was cut off at its greatest length, as for audio far longer than in training.
+    """
 
     text: str
     score: float
     seconds: float
     nbest: tuple[tuple[str, float], ...] = ()
+    complete: bool = True
 
 
 class Recogniser:
@@ -103,7 +107,8 @@ class Recogniser:
         found = {}
         for i, hypotheses in zip(group, nbests):
             texts = tuple((self.processor.decode(h.ids), h.score) for h in hypotheses)
-            found[i] = Transcript(*texts[0], seconds=len(waveforms[i]) / self.sample_rate, nbest=texts)
+            seconds = len(waveforms[i]) / self.sample_rate
+            found[i] = Transcript(*texts[0], seconds=seconds, nbest=texts, complete=hypotheses[0].complete)
         return found
 
 

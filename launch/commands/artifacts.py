@@ -80,6 +80,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
         )
         for (file, _), hypothesis in zip(readable, hypotheses, strict=True):
             print(_line(file, hypothesis, as_json=arguments.json), flush=True)
+            if not hypothesis.complete:
+                print(f"seedling: {file}: the transcript was cut off at its greatest length", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -95,6 +95,17 @@ def load_artifact(
     return Artifact(path, manifest)
 
 
+def check_target(target: Path, *, kind: str, stage: str) -> None:
+    """Raise ValueError where `target` holds another stage's artifact, which finishing this one would replace."""
+    if (target / MANIFEST).is_file():
+        there = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        if (there["kind"], there["stage"]) != (kind, stage):
+            raise ValueError(
+                f"{target} holds the {there['kind']} of stage {there['stage']}, stage {stage} would replace it by a "
+                f"{kind}; choose another run_dir"
+            )
+
+
 def load_inputs(consumes: dict[str, ArtifactSpec], inputs: dict[str, str], *, stage: str) -> dict[str, Artifact]:
     """Open the artifacts that a stage's config names; ValueError for a missing, an unknown or an unfitting one."""
     unknown = sorted(set(inputs) - set(consumes))

@@ -39,7 +39,9 @@ class _Lines:
                         kept.append(line)
                 except ValueError:
                     break  # a line that a kill cut short
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        beside = path.with_name(f".{path.name}.new")  # a kill leaves the old file or the new one
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...data.plan import Cursor
-from .artifacts import Artifact, ArtifactWriter, load_artifact, load_inputs
+from .artifacts import Artifact, ArtifactWriter, check_target, load_artifact, load_inputs
 from .checkpoint import (
     SHARDS,
     TrainState,
@@ -191,7 +191,7 @@ class Trainer:
         values = {}
         for name, data in self.valid.items():
             with self.engine.evaluating() as model:
-                fed = feed(data, world=self.world, num_workers=self.train.num_workers, epochs=1)
+                fed = feed(data, world=self._evaluators(), num_workers=self.train.num_workers, epochs=1)
                 sums = self.stage.evaluate(model, (b.to(self.world.device) for step in fed for b in step.batches))
             means = mean_metrics(sums, world=self.world)
             values |= {f"valid/{name}/{metric}": value for metric, value in means.items()}
@@ -200,6 +200,14 @@ class Trainer:
             self.evaluated_step = self.state.step
             self.log.metrics(self.state.step, values)
             self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def _evaluators(self) -> World:
+        """The ranks that share a validation set: all of them, but under ZeRO-3 each one takes the whole of it.
+
+        Decoding runs as many forward passes as a batch's longest text has tokens, and under ZeRO-3 each pass is a
+        collective: ranks with different batches would wait for one another for ever. Means over R copies are the same.
+        """
+        return World(0, 1, self.world.device) if self.engine.zero_stage == 3 else self.world
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one and train.resume allows it."""
@@ -266,7 +274,7 @@ class Trainer:
         )
 
     def check_frozen(self) -> None:
-        """Frozen means bit-identical, without gradient, and unknown to the optimizer."""
+        """Frozen means bit-identical; the optimizer was never given these parameters (engine.py)."""
         mine = self.engine.frozen_digest()
         if mine != self.state.frozen_digests[self.world.rank]:
             raise AssertionError(f"rank {self.world.rank}: frozen parameters changed by step {self.state.step}")
@@ -323,6 +331,7 @@ def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path
     Raises ValueError for the user's mistakes, and Interrupted (a SystemExit with code 75) when asked to stop.
     """
     run_dir = Path(run_dir)
+    check_target(run_dir / "artifact", kind=stage.produces, stage=cfg.stage)
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(stage, cfg, run_dir=run_dir, world=init_world())
     trainer.fit()
@@ -332,6 +341,7 @@ def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path
 def run_computation(stage: RunStage, cfg: Any, *, run_dir: str | Path) -> Path:
     """Run a stage without gradients to RUN/artifact. Call it on every rank; all write into one staging folder."""
     run_dir = Path(run_dir)
+    check_target(run_dir / "artifact", kind=stage.produces, stage=cfg.stage)
     run_dir.mkdir(parents=True, exist_ok=True)
     world = init_world()
     inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)

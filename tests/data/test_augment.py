@@ -100,7 +100,7 @@ def test_off_means_untouched():
         ({"speed_probability": 0.5, "speed_factors": []}, "speed_factors is empty"),
         ({"speed_factors": [9.0]}, r"speed_factors is \[9.0\]"),
         ({"noise_probability": 0.5}, "noise_data is empty"),
-        ({"snr_db_min": 30.0}, r"snr_db_min \(30.0\) is above augment.snr_db_max \(20.0\)"),
+        ({"snr_db_min": 30.0}, r"snr_db_min \(30.0\) is above data.augment.snr_db_max \(20.0\)"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_errors(settings, message):

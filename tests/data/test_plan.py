@@ -361,9 +361,9 @@ def test_a_cursor_of_another_plan_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"max_seconds": 0.0}, "data.max_seconds is 0.0; it must be above 0"),
-        ({"length_jitter": 1.5}, "data.length_jitter is 1.5"),
-        ({"max_utterance_seconds": 90.0}, r"max_utterance_seconds \(90.0\) costs 90 s.*max_seconds \(60.0\)"),
+        ({"max_seconds": 0.0}, "train.micro_batch_seconds is 0.0; it must be above 0"),
+        ({"length_jitter": 1.5}, "data.limits.length_jitter is 1.5"),
+        ({"max_utterance_seconds": 90.0}, r"max_utterance_seconds \(90.0\) costs 90 s.*micro_batch_seconds \(60.0\)"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(setting, message):
