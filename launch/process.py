@@ -23,6 +23,9 @@ class Ended(NamedTuple):
     asked: bool
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def free_port() -> int:
     """Return a TCP port that was free a moment ago, so that two runs on one machine do not meet."""
     with socket.socket() as probe:
@@ -31,9 +34,13 @@ def free_port() -> int:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment for a child: the current folder is kept off its import path (a checkout has a top-level
-    `kernels` and `data`), and output comes line by line."""
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    """Return the environment for a child that is a job of its own.
+
+    The current folder is kept off its import path (a checkout has a top-level `kernels` and `data`), output comes line
+    by line, and the job that this process may be a rank of is not handed on: the child would listen on the same port.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**inherited, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def launch_ranks(job_arguments: Sequence[str], *, nproc: int) -> int:

@@ -13,6 +13,7 @@ import pytest
 from seedling.launch.fingerprint import fingerprint, paths_in
 from seedling.launch.pipeline import metrics_of, run_pipeline, shown
 from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
+from seedling.launch.process import RANK_VARIABLES, child_environment
 from seedling.stages.runtime.config import ConfigError, parse_override
 
 HERE = Path(__file__).parent
@@ -199,3 +200,9 @@ def test_a_prepared_corpus_is_reported_by_its_utterances_and_hours(tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps({"utterances": 12, "seconds": 7200.0, "kind": "nemo"}))
     assert metrics_of(Step("s", "prepare", [], tmp_path, {})) == {"utterances": 12, "hours": 2.0}
     assert metrics_of(Step("s", "transcribe", [], None, {})) == {}
+
+
+def test_a_step_does_not_inherit_the_job_that_its_parent_is_a_rank_of(monkeypatch):
+    for name in RANK_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    assert not set(RANK_VARIABLES) & set(child_environment())
