@@ -215,14 +215,20 @@ def write_manifest(path: Path, utterances: list[Utterance]) -> None:
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
+STARTED = ".started"  # marks a folder as this script's own before settings.json says that it is whole
+
+
 def write_inputs(speech: Path, out: Path, *, strings: int, seed: int, quick: bool) -> None:
     """Write `out` (training manifests, composed audio, lm_text.txt), unless it is there with the same settings."""
     settings = {"speech": str(speech), "strings": strings, "seed": seed, "quick": quick, "version": 1}
     done = out / "settings.json"
     if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == settings:
         return
+    if out.exists() and not done.is_file() and not (out / STARTED).is_file():
+        raise ValueError(f"{out}: this folder was not made by this script; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / STARTED).touch()
     held_out = HeldOut.of({name: read_set(speech, name, manifest) for name, manifest in DEV.items()})
     train: dict[str, list[Utterance]] = {}
     for name, manifest in TRAIN.items():

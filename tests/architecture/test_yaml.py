@@ -18,7 +18,7 @@ def named(file: Path) -> str:
 
 
 def test_there_are_configs():
-    assert len([file for file in FILES if file.is_relative_to(CONFIGS / "stages")]) >= 2
+    assert len([file for file in FILES if file.is_relative_to(CONFIGS / "stages")]) >= 5
     assert (CONFIGS / "pipelines" / "demo.yaml") in FILES
 
 
