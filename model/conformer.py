@@ -2,8 +2,8 @@
 
 Gulati et al. 2020 (https://arxiv.org/abs/2005.08100): half a feed-forward layer, attention, convolution, the other
 half. Four choices differ from the paper:
-- One norm at the end of the encoder instead of one after every layer: an unbroken residual path lets CTC leave its
-  blank-only plateau sooner (docs/log.md).
+- One norm at the end of the encoder instead of one after every layer: an unbroken residual path seemed to let CTC
+  leave its blank-only plateau sooner (docs/log.md says how far that was tested).
 - Rotary positions (https://arxiv.org/abs/2104.09864) instead of relative-position scores: attention stays one call to
   scaled_dot_product_attention (flash kernels, memory linear in T), and there is neither a parameter nor a table that
   ends at some length.
