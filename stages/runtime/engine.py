@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .ds_config import deepspeed_config
+from .optimizer import make_optimizer
 from .parameters import digest, freeze_others, numel, optimizer_groups
 from .seeds import seed_forward
 from .stage import TrainingStage
@@ -82,9 +83,7 @@ class Engine:
         self.groups = freeze_others(model, stage.trainable)
         self.frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.trainable = [p for ps in self.groups.values() for p in ps]
-        # fused: one call for all tensors; the loop over tensors costs more than a small model's forward pass.
-        groups = optimizer_groups(self.groups, cfg)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+        optimizer = make_optimizer(model, optimizer_groups(self.groups, cfg), cfg)
         config = deepspeed_config(
             cfg,
             accumulation_steps=cfg.accumulation_steps(world.size),
@@ -207,7 +206,8 @@ class Engine:
     def optimizer_numel(self) -> int:
         """Elements of first moments that the optimizer keeps on this rank: trainable parameters only, plus padding."""
         optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
-        return sum(s["exp_avg"].numel() for s in optimizer.state.values() if "exp_avg" in s)
+        moments = ("exp_avg", "momentum")  # AdamW's and Muon's
+        return sum(s[name].numel() for s in optimizer.state.values() for name in moments if name in s)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
