@@ -13,8 +13,9 @@ import pytest
 from seedling.launch.fingerprint import fingerprint, paths_in
 from seedling.launch.pipeline import metrics_of, run_pipeline, shown
 from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
-from seedling.launch.process import RANK_VARIABLES, child_environment
+from seedling.launch.process import child_environment
 from seedling.stages.runtime.config import ConfigError, parse_override
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
 HERE = Path(__file__).parent
 TWO_STEPS = """
