@@ -18,7 +18,7 @@ from ..data.tokenizer import train_bpe
 from ..model.prompt import PromptConfig, PromptTokens, tokenize
 from ..model.repetition import RepeatingLM, RepetitionConfig
 from .runtime.artifacts import ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.seeds import seed_forward
 from .runtime.stage import StepOutput
 
@@ -40,7 +40,7 @@ class SmallLMConfig:
 
 
 @dataclass(kw_only=True)
-class LMPretrainConfig(StageConfig):
+class LMPretrainConfig(TrainingStageConfig):
     text: list[str]  # UTF-8 files, one sentence a line
     valid_text: list[str] = field(default_factory=list)
     max_tokens: int = 2000  # padded characters of a micro-batch

@@ -28,7 +28,7 @@ from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
 from ..model.processor import AudioLLMProcessor
 from ..model.prompt import PromptConfig, tokenize
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.stage import StepOutput
 from .runtime.train_config import require_choice
 
@@ -36,7 +36,7 @@ LLM_TRAINING = ("frozen", "lora", "full")
 
 
 @dataclass(kw_only=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainingStageConfig):
     data: AudioDataConfig = field(default_factory=AudioDataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     specaugment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)

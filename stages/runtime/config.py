@@ -34,6 +34,12 @@ class StageConfig:
     run_dir: str  # checkpoints/, artifact/ and logs of this run
     inputs: dict[str, str] = field(default_factory=dict)  # name in the stage's `consumes` -> artifact folder
     seed: int = 1
+
+
+@dataclass(kw_only=True)
+class TrainingStageConfig(StageConfig):
+    """What every stage with gradients has. A stage that computes has no `train`, where nothing would take effect."""
+
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -49,6 +55,9 @@ class Source(NamedTuple):
 
     def where(self, key: str, value: Any) -> str:
         """Name a value the way its user wrote it: `a.yaml: train.lr = 1` or `override train.lr=1`."""
+        while self.name == "override" and isinstance(value, dict) and len(value) == 1:
+            ((inner, value),) = value.items()
+            key = f"{key}.{inner}"
         shown = "null" if value is None else str(value)
         return f"override {key}={shown}" if self.name == "override" else f"{self.name}: {key} = {shown}"
 

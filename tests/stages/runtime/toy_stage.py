@@ -19,7 +19,7 @@ from torch import nn
 from seedling.data.batches import BadUtterance, PlannedBatches
 from seedling.data.plan import Plan, PlanConfig
 from seedling.stages.runtime.artifacts import ArtifactWriter
-from seedling.stages.runtime.config import StageConfig
+from seedling.stages.runtime.config import TrainingStageConfig
 from seedling.stages.runtime.stage import StepOutput
 from seedling.stages.runtime.train_config import TrainConfig, WandbConfig
 from seedling.stages.runtime.trainer import run_training
@@ -28,7 +28,7 @@ DIM = 6
 
 
 @dataclass
-class ToyConfig(StageConfig):
+class ToyConfig(TrainingStageConfig):
     stage: str = "toy"
     run_dir: str = ""
     utterances: int = 120
