@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .plan import MicroBatch, Plan
 
+# The key of what stands in where a micro-batch has no usable utterance: a second of silence, or an empty sentence.
+STAND_IN_KEY = ""
+
 
 class BadUtterance(NamedTuple):
     """An utterance that could not be used, and why; `shard` is the path of its tar or text file."""

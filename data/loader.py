@@ -17,13 +17,10 @@ from torch.utils.data import Dataset
 
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
-from .batches import BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
-
-# The key of the second of silence that stands in where a micro-batch has no usable utterance at all.
-STAND_IN_KEY = ""
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .batches import BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance
 from .payload import PayloadReader
 from .plan import MicroBatch, Plan, PlanConfig
 
@@ -159,5 +159,5 @@ class TextDataset(Dataset):
             keys.append(key)
             texts.append(line.strip())
         if not texts:
-            keys, texts = [""], [""]
+            keys, texts = [STAND_IN_KEY], [""]
         return TextBatch(keys, texts, micro_batch.index, micro_batch.epoch, bad=bad)

@@ -42,7 +42,7 @@ class RepetitionConfig:
 
 
 class PseudoSpeech:
-    """Draws pseudo speech from the random state of torch, so the trainer's seed per micro-batch fixes it."""
+    """Draws pseudo speech from the CPU's random state of torch, so the trainer's seed per micro-batch fixes it."""
 
     def __init__(self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor):
         self.cfg, self.ordinary_tokens = cfg, ordinary_tokens
@@ -89,7 +89,7 @@ class RepeatingLM(nn.Module):
     ):
         super().__init__()
         self.llm, self.prompt_tokens, self.start, self.cfg = llm, prompt_tokens, start, cfg
-        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary))
+        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"))
 
     def forward(self, sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return nll_N of every token and end token, sentence by sentence, and heard_N: True within a repetition."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..data.batches import PlannedBatches
+from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
 from ..data.tokenizer import train_bpe
 from ..model.prompt import PromptConfig, PromptTokens, tokenize
@@ -121,6 +121,8 @@ class LMPretrain:
         """Nats per token of plain sentences, and of the same sentences when they stand in the prompt."""
         sums = {"loss_sentences": [0.0, 0], "loss_repetitions": [0.0, 0]}
         for batch in batches:
+            if batch.keys == [STAND_IN_KEY]:
+                continue  # there is nothing in it, or nothing that could be read
             ids = self._tokenize(batch)
             with torch.random.fork_rng():
                 seed_forward(0, batch.index)  # the same pseudo speech each time and on any rank: values compare

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..data.audio_sets import AudioDataConfig
-from ..data.batches import PlannedBatches
-from ..data.loader import STAND_IN_KEY, AudioBatch
+from ..data.batches import STAND_IN_KEY, PlannedBatches
+from ..data.loader import AudioBatch
 from ..data.scoring import count_errors, get_normalizer
 from ..data.scoring import tokenize as tokenize_text
 from ..model.audio_llm import AudioLLM, acllm_facts
@@ -164,7 +164,7 @@ class SFT:
         sums = {"loss": [0.0, 0], "wer": [0.0, 0], "cer": [0.0, 0]}
         for batch in batches:
             if batch.keys == [STAND_IN_KEY]:
-                continue  # nothing in it could be read; the trainer has named it
+                continue  # there is nothing in it, or nothing that could be read
             out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
             nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig())
             texts = [

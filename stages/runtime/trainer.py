@@ -72,6 +72,7 @@ class Trainer:
         self.state = TrainState(
             data_fingerprint=self.data.plan.fingerprint,
             frozen_digests=world.gather(self.engine.frozen_digest()),
+            shapes=self.engine.saved_shapes(),
             config=asdict(cfg),
             world_size=world.size,
             zero_stage=self.engine.zero_stage,
@@ -224,7 +225,7 @@ class Trainer:
         state = load_state(checkpoint)
         changes = check_resumable(state, self.state, checkpoint=checkpoint)
         self.engine.load(str(checkpoint), SHARDS)
-        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "config", "world_size")}
+        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "shapes", "config", "world_size")}
         self.state = replace(state, **kept)
         if self.world.is_main:
             at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()

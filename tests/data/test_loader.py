@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from seedling.data.augment import AugmentConfig
-from seedling.data.batches import BadUtterance, PlannedBatches, make_loader
+from seedling.data.batches import STAND_IN_KEY, BadUtterance, PlannedBatches, make_loader
 from seedling.data.index import Corpus
-from seedling.data.loader import STAND_IN_KEY, AudioDataset
+from seedling.data.loader import AudioDataset
 from seedling.data.payload import PayloadReader
 from seedling.data.plan import MicroBatch, Plan, PlanConfig
 from seedling.data.shards import open_shard

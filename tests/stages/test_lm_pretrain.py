@@ -5,6 +5,7 @@ import tiny_runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seedling.data.batches import STAND_IN_KEY
 from seedling.data.text import TextBatch
 from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
@@ -87,6 +88,13 @@ def test_validation_does_not_depend_on_what_drew_random_numbers_before(stage):
     second = stage.evaluate(model, reversed(batches))
     assert all(second[name] == pytest.approx(first[name], rel=1e-5) for name in first), (first, second)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_stands_in_for_an_empty_micro_batch_counts_nowhere(stage):
+    stage, model, _ = stage
+    sentence = TextBatch(keys=["a"], texts=["call Marc"], index=0, epoch=0)
+    stand_in = TextBatch(keys=[STAND_IN_KEY], texts=[""], index=1, epoch=0)
+    assert stage.evaluate(model, [sentence, stand_in]) == stage.evaluate(model, [sentence])
 
 
 def test_without_validation_text_there_is_nothing_to_validate(stage):

@@ -64,7 +64,8 @@ def test_the_frozen_llm_is_bit_identical_without_gradient_and_without_optimizer_
     learning = sum(p.numel() for name, p in trained.engine.model.named_parameters() if not name.startswith("llm."))
     assert trained.engine.optimizer_numel() == learning
     shard = torch.load(tmp_path / "run/checkpoints/step_000003/shards/mp_rank_00_model_states.pt", weights_only=False)
-    assert not [name for name in shard["module"] if ".llm.model." in name]
+    # Not under the name of the tied head either.
+    assert {name.split(".")[1] for name in shard["module"]} == {"encoder", "converter", "ctc_head", "fbank"}
     artifact = trained.export()
     kept, original = tiny_runs.weights(artifact.path), tiny_runs.weights(llm_folder)
     assert not [name for name, value in original.items() if not torch.equal(value, kept[f"llm.{name}"])]
@@ -134,6 +135,19 @@ def test_the_normaliser_counts_exactly_the_tokens_that_have_a_loss(trainer):
         assert stage.count(batch) == int(out.metrics["nll"][1]) == tokens
         weighted = out.metrics["nll"][0] + 0.5 * out.metrics["ctc_loss"][0]
         assert float(out.loss_sum.detach()) == pytest.approx(float(weighted), rel=1e-5)
+
+
+def test_a_validation_set_of_one_utterance_is_scored_and_nothing_else_is(trainer, tmp_path):
+    """A step takes two micro-batches: the second is empty, and what stands in for it does not count."""
+    alone = tiny_runs.make_shards(tmp_path / "alone", ["call Marc stop"])
+    trained = trainer(f"data.valid.alone={alone}", "train.max_steps=1")
+    trained.fit()
+    planned = trained.valid["alone"]
+    batch, _ = map(planned.dataset.__getitem__, next(planned.plan.steps()).micro_batches)
+    with trained.engine.evaluating() as model:
+        loss_sum, count = trained.stage.evaluate(model, [batch])["loss"]
+    assert count == trained.stage.count(batch)
+    assert trained.latest_metrics["valid/alone/loss"] == pytest.approx(loss_sum / count, rel=1e-5)
 
 
 # ---- how well it learns, and what comes out
