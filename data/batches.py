@@ -7,7 +7,7 @@ number of workers changes the speed and nothing else.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,11 @@ class BadUtterance(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}"
+
+
+def padded_characters(texts: Sequence[str]) -> int:
+    """Return the characters of a batch's texts when each is as long as the longest."""
+    return len(texts) * max(map(len, texts), default=0)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
-from .batches import STAND_IN_KEY, BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance, padded_characters
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
@@ -46,9 +46,22 @@ class AudioBatch:
         return int(self.lengths_B.sum()) / self.sample_rate
 
     @property
-    def padding(self) -> float:
-        """The fraction of the samples that is padding."""
-        return 1 - int(self.lengths_B.sum()) / self.waveforms_BN.numel()
+    def padded_seconds(self) -> float:
+        return self.waveforms_BN.numel() / self.sample_rate
+
+    @property
+    def characters(self) -> int:
+        """Text without padding; what a token is, only the stage knows."""
+        return sum(map(len, self.texts))
+
+    @property
+    def padded_characters(self) -> int:
+        return padded_characters(self.texts)
+
+    @property
+    def amount(self) -> str:
+        padding = 1 - self.seconds / self.padded_seconds
+        return f"{len(self)} utterances, {self.seconds:.1f} s of audio, padding {padding:.1%}"
 
     def to(self, device: torch.device | str) -> AudioBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("waveforms_BN", "lengths_B")}

@@ -256,6 +256,11 @@ class Plan:
             steps, micro_batches, utterances, seconds, 1 - seconds / padded, largest, refused, num_refused
         )
 
+    def amount(self, summary: PlanSummary) -> str:
+        """Say in words what an epoch holds."""
+        hours = summary.seconds / 3600
+        return f"{summary.utterances:,} utterances, {hours:.3g} h, padding {summary.padding_fraction:.1%}"
+
     def refused(self) -> Iterator[Refused]:
         """Yield every utterance outside the limits, in the order of the shards."""
         for shard, name in enumerate(self.corpus.shards):

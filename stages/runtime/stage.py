@@ -21,7 +21,11 @@ class StepOutput(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the runtime reads of a batch. `index` is the micro-batch's running number: it seeds the forward pass."""
+    """What the runtime reads of a batch. `index` is the micro-batch's running number: it seeds the forward pass.
+
+    Seconds are of audio, characters of text, each with and without padding; 0 where a batch has none. `amount` says in
+    words what is in it.
+    """
 
     index: int
     epoch: int
@@ -30,7 +34,13 @@ class Batch(Protocol):
     @property
     def seconds(self) -> float: ...
     @property
-    def padding(self) -> float: ...
+    def padded_seconds(self) -> float: ...
+    @property
+    def characters(self) -> int: ...
+    @property
+    def padded_characters(self) -> int: ...
+    @property
+    def amount(self) -> str: ...
     def to(self, device: Any) -> Batch: ...
     def __len__(self) -> int: ...
 
@@ -42,6 +52,7 @@ class Plan(Protocol):
 
     def steps(self, cursor: Any = None, epochs: int | None = None) -> Iterator[Any]: ...
     def summary(self, epoch: int = 0) -> Any: ...
+    def amount(self, summary: Any) -> str: ...
 
 
 class PlannedBatches(Protocol):
@@ -70,6 +81,12 @@ class TrainingStage(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> StepOutput: ...
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, tuple[Any, Any]]: ...
     def export(self, model: nn.Module, writer: ArtifactWriter) -> None: ...
+
+
+def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:
+    """Return a stage's validation sets by name; one without a name is "dev"."""
+    valid = stage.batches(cfg, "valid")
+    return valid if isinstance(valid, dict) else {"dev": valid} if valid else {}
 
 
 class RunStage(Protocol):

@@ -133,5 +133,20 @@ def test_check_builds_on_meta_and_trains_nothing(tmp_path, capsys):
     config = tiny_runs.write_yaml(tmp_path / "lm.yaml", tiny_runs.LM)
     arguments = [f"run_dir={tmp_path}/run", f"text=[{tmp_path}/text.txt]"]
     assert main(["check", "lm_pretrain", "--config", str(config), *arguments]) == 0
-    assert "20 utterances" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of 20 sentences, " in out and "utterances" not in out and " h," not in out
+    assert "shapes: all fit, from the dearest micro-batch to the loss" in out
+    assert "no validation set" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_log_of_a_run_on_text_speaks_of_text(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(tiny_runs.sentences(60, seed=0)))
+    short = (f"text=[{tmp_path}/text.txt]", "train.max_steps=2", "train.log_every=1", "train.dry_run=true")
+    run = tiny_runs.train("lm_pretrain", tmp_path / "run", tiny_runs.LM, *short)
+    out = capsys.readouterr().out
+    assert "data: 60 sentences, " in out and "dry run of the largest micro-batch: " in out and "tokens/s" in out
+    assert "utterances" not in out and "audio" not in out
+    lines = [line for line in tiny_runs.read_lines(run / "metrics.jsonl") if "train/loss" in line]
+    assert len(lines) == 2 and not [name for line in lines for name in line if "audio" in name]
+    assert all(0 < line["train/padding_frac_text"] < 0.5 for line in lines)

@@ -75,8 +75,14 @@ class ToyBatch:
         return float(self.mask_BT.sum())
 
     @property
-    def padding(self) -> float:
-        return 1 - self.seconds / self.mask_BT.numel()
+    def padded_seconds(self) -> float:
+        return float(self.mask_BT.numel())
+
+    characters = padded_characters = 0
+
+    @property
+    def amount(self) -> str:
+        return f"{len(self)} rows"
 
     def to(self, device) -> ToyBatch:
         return replace(self, **{n: getattr(self, n).to(device) for n in ("x_BTD", "y_BT", "mask_BT")})
