@@ -34,7 +34,7 @@ def load_stage(name: str) -> type:
     stage = getattr(module, class_name, None)
     schema = getattr(stage, "Config", None)
     wanted = StageConfig if hasattr(stage, "run") else TrainingStageConfig
-    if not (isinstance(schema, type) and issubclass(schema, wanted)):
+    if not (isinstance(stage, type) and isinstance(schema, type) and issubclass(schema, wanted)):
         raise ValueError(f"stage {name}: {target} has no Config that extends {wanted.__name__}")
     return stage
 

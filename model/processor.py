@@ -73,7 +73,9 @@ class AudioLLMProcessor:
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Return the text of one hypothesis."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str), "one list of ids gives one text"
+        return text.strip()
 
     def batch_decode(self, ids: Iterable[Sequence[int] | Tensor]) -> list[str]:
         """Return the texts of several hypotheses, or of the rows that `model.generate` gave."""

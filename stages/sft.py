@@ -7,6 +7,7 @@ Starts from an LLM folder and a fresh encoder, or goes on from a finished recogn
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,7 +114,7 @@ class SFT:
 
     def _some_audio(self, cfg: SFTConfig) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """The first planned micro-batches: the same on every rank, so that all have the same features."""
-        data = self.batches(cfg, "train")
+        data = cfg.data.training(seed=cfg.seed, **self._limits(cfg))
         left = cfg.cmvn_batches
         for step in data.plan.steps(epochs=1):
             for micro_batch in step.micro_batches[:left]:
@@ -134,15 +135,17 @@ class SFT:
         return "llm" if self.cfg.llm_training == "full" else None
 
     def batches(self, cfg: SFTConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:
-        limits = {
+        if split == "train":
+            return cfg.data.training(seed=cfg.seed, **self._limits(cfg))
+        return cfg.data.validation(**self._limits(cfg))
+
+    def _limits(self, cfg: SFTConfig) -> dict[str, Any]:
+        return {
             "micro_batch_seconds": cfg.train.micro_batch_seconds,
             "micro_batches": cfg.train.micro_batches,
             "sample_rate": self.sample_rate,
             "require_text": True,
         }
-        if split == "train":
-            return cfg.data.training(seed=cfg.seed, **limits)
-        return cfg.data.validation(**limits)
 
     def count(self, batch: AudioBatch) -> int:
         return sum(len(ids) + 1 for ids in self._tokenize(batch))

@@ -5,11 +5,12 @@ A stage is an instance that the runtime drives: `build` comes first, so a stage 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ...data.batches import PlannedBatches
 from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
 
 
@@ -43,23 +44,6 @@ class Batch(Protocol):
     def amount(self) -> str: ...
     def to(self, device: Any) -> Batch: ...
     def __len__(self) -> int: ...
-
-
-class Plan(Protocol):
-    """Planned steps of M micro-batches each, a pure function of the data, the seed and the limits."""
-
-    fingerprint: str
-
-    def steps(self, cursor: Any = None, epochs: int | None = None) -> Iterator[Any]: ...
-    def summary(self, epoch: int = 0) -> Any: ...
-    def amount(self, summary: Any) -> str: ...
-
-
-class PlannedBatches(Protocol):
-    """A plan and the map-style dataset that turns one of its micro-batches into a batch."""
-
-    plan: Plan
-    dataset: Any
 
 
 class TrainingStage(Protocol):
