@@ -7,7 +7,7 @@ number of workers changes the speed and nothing else.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,9 +30,19 @@ class BadUtterance(NamedTuple):
         return f"{self.shard}: {self.key}: {self.reason}"
 
 
-def padded_characters(texts: Sequence[str]) -> int:
-    """Return the characters of a batch's texts when each is as long as the longest."""
-    return len(texts) * max(map(len, texts), default=0)
+class WithTexts:
+    """What a batch with texts says of their size: in characters, as what a token is only the stage knows."""
+
+    texts: list[str]
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def padded_characters(self) -> int:
+        """Characters when each text is as long as the longest."""
+        return len(self.texts) * max(map(len, self.texts), default=0)
 
 
 @dataclass

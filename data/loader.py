@@ -17,14 +17,14 @@ from torch.utils.data import Dataset
 
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
-from .batches import STAND_IN_KEY, BadUtterance, padded_characters
+from .batches import STAND_IN_KEY, BadUtterance, WithTexts
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
 
 
 @dataclass
-class AudioBatch:
+class AudioBatch(WithTexts):
     """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64)."""
 
     keys: list[str]
@@ -48,15 +48,6 @@ class AudioBatch:
     @property
     def padded_seconds(self) -> float:
         return self.waveforms_BN.numel() / self.sample_rate
-
-    @property
-    def characters(self) -> int:
-        """Text without padding; what a token is, only the stage knows."""
-        return sum(map(len, self.texts))
-
-    @property
-    def padded_characters(self) -> int:
-        return padded_characters(self.texts)
 
     @property
     def amount(self) -> str:

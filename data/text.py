@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .batches import STAND_IN_KEY, BadUtterance, padded_characters
+from .batches import STAND_IN_KEY, BadUtterance, WithTexts
 from .payload import PayloadReader
 from .plan import MicroBatch, Plan, PlanConfig, PlanSummary
 
@@ -122,7 +122,7 @@ class TextPlan(Plan):
 
 
 @dataclass
-class TextBatch:
+class TextBatch(WithTexts):
     """Sentences of a micro-batch. Its seconds are 0: there is no audio in it."""
 
     keys: list[str]
@@ -135,14 +135,6 @@ class TextBatch:
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    @property
-    def characters(self) -> int:
-        return sum(map(len, self.texts))
-
-    @property
-    def padded_characters(self) -> int:
-        return padded_characters(self.texts)
 
     @property
     def amount(self) -> str:
