@@ -17,17 +17,14 @@ from torch.utils.data import Dataset
 
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
-from .batches import BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance, WithTexts
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
 
-# The key of the second of silence that stands in where a micro-batch has no usable utterance at all.
-STAND_IN_KEY = ""
-
 
 @dataclass
-class AudioBatch:
+class AudioBatch(WithTexts):
     """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64)."""
 
     keys: list[str]
@@ -49,9 +46,13 @@ class AudioBatch:
         return int(self.lengths_B.sum()) / self.sample_rate
 
     @property
-    def padding(self) -> float:
-        """The fraction of the samples that is padding."""
-        return 1 - int(self.lengths_B.sum()) / self.waveforms_BN.numel()
+    def padded_seconds(self) -> float:
+        return self.waveforms_BN.numel() / self.sample_rate
+
+    @property
+    def amount(self) -> str:
+        padding = 1 - self.seconds / self.padded_seconds
+        return f"{len(self)} utterances, {self.seconds:.1f} s of audio, padding {padding:.1%}"
 
     def to(self, device: torch.device | str) -> AudioBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("waveforms_BN", "lengths_B")}

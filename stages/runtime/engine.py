@@ -61,6 +61,7 @@ class StageLoss(nn.Module):
         self.stage = stage
         self.bf16 = bf16
         self.metrics: dict[str, tuple[Any, Any]] = {}
+        self.register_state_dict_post_hook(_leave_out_frozen)
 
     def autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -71,6 +72,13 @@ class StageLoss(nn.Module):
             output = self.stage.loss(self.model, batch)
         self.metrics = output.metrics
         return output.loss_sum.float()
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    """Take frozen parameters out of a state dict by all their names: DeepSpeed does not see that of a tied head."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 class Engine:
@@ -227,11 +235,17 @@ class Engine:
             with self.evaluating() as model:
                 yield model
 
+    def saved_shapes(self) -> dict[str, list[int]]:
+        """Return {name: shape} of what a checkpoint holds of the model: what learns, and buffers."""
+        state = self.module.state_dict(keep_vars=True)
+        return {name.removeprefix("model."): list(getattr(t, "ds_shape", t.shape)) for name, t in state.items()}
+
     def save(self, folder: str, tag: str) -> None:
         """Write weights and optimizer shards; frozen weights are left out, the stage builds them again."""
         self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str, tag: str) -> None:
+        """Read what `save` wrote. Not strict: frozen weights are not in it, and check_resumable compared the rest."""
         path, _ = self.ds.load_checkpoint(folder, tag=tag, load_module_strict=False)
         assert path is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
 

@@ -58,3 +58,9 @@ class Count:
 
 class NoConfig:
     """Not a stage: it has no Config."""
+
+
+class NoTrain:
+    """Not a stage: it is to be trained, and its Config has no `train`."""
+
+    Config = CountConfig

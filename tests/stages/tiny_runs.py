@@ -21,14 +21,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
 from seedling.launch.job import run_job
-from seedling.stages.runtime.world import free_port
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES, free_port
 
 SAMPLE_RATE = 16000
 WORDS = ("call", "Marc", "dim", "lamp", "stop", "six", "go", "open")
 TONES_HZ = (400.0, 900.0, 1700.0, 2900.0)
 # Every word another pair of tones.
 TONES_OF = {word: (TONES_HZ[i % 4], TONES_HZ[(i + 1 + i // 4) % 4]) for i, word in enumerate(WORDS)}
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
     "PYTHONSAFEPATH": "1",
