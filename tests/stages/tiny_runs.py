@@ -21,6 +21,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
 from seedling.launch.job import run_job
+from seedling.model.conformer import ConformerConfig, ConformerEncoder
+from seedling.model.features import Fbank
+from seedling.model.speech_encoder import SpeechEncoder, speech_encoder_facts
+from seedling.stages.runtime.artifacts import ArtifactWriter
 from seedling.stages.runtime.world import free_port
 
 SAMPLE_RATE = 16000
@@ -153,6 +157,18 @@ def make_llm(folder: Path) -> Path:
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_speech_encoder(folder: Path, *, seed: int = 0, **shape) -> Path:
+    """Write an untrained speech encoder as an artifact, as encoder_pretrain would, and return its folder."""
+    torch.manual_seed(seed)
+    values = {"dim": 32, "num_layers": 3, "num_heads": 2, "conv_kernel": 5, "subsampling_channels": 8, "dropout": 0.1}
+    encoder = SpeechEncoder.assemble(fbank=Fbank(), encoder=ConformerEncoder(ConformerConfig(**{**values, **shape})))
+    encoder.fbank.set_cmvn(torch.full((80,), 12.0), torch.full((80,), 4.0))
+    writer = ArtifactWriter(folder / "artifact", kind="speech_encoder", stage="encoder_pretrain").start()
+    encoder.save_pretrained(writer.path)
+    writer.facts |= speech_encoder_facts(encoder)
+    return writer.finish().path
 
 
 class Process:
