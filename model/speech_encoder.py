@@ -17,6 +17,9 @@ from .conformer import ConformerConfig, ConformerEncoder
 from .features import Fbank, FeatureConfig
 from .speech_encoder_config import SpeechEncoderConfig
 
+# What a run that goes on from an encoder brings itself.
+TRAINING_SETTINGS = ("dropout", "activation_checkpointing")
+
 
 class SpeechEncoder(AssembledModel):
     config_class = SpeechEncoderConfig
@@ -60,6 +63,38 @@ class SpeechEncoder(AssembledModel):
         """Load a folder, in float32 unless `dtype` says otherwise: who trains on brings a precision of its own."""
         kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(path, *args, **kwargs)
+
+
+def require_same_bins(features: FeatureConfig, encoder: ConformerConfig) -> None:
+    """Raise ValueError where the encoder would not fit the features."""
+    if features.num_mel_bins != encoder.num_mel_bins:
+        raise ValueError(
+            f"features.num_mel_bins ({features.num_mel_bins}) and encoder.num_mel_bins ({encoder.num_mel_bins}) must "
+            "be equal: the encoder reads the features"
+        )
+
+
+def load_speech_encoder(path: str | Path, *, features: FeatureConfig, encoder: ConformerConfig) -> SpeechEncoder:
+    """Load the encoder to go on from, with this run's dropout and checkpointing; without weights on the meta device.
+
+    Shapes and features are the artifact's. Where the run's config asks for others, that is a ValueError.
+    """
+    config = SpeechEncoderConfig.from_pretrained(path)
+    config.audio_config |= {name: getattr(encoder, name) for name in TRAINING_SETTINGS}
+    require_kept("features", features, config.feature_config, made="encoder", path=path)
+    require_kept("encoder", encoder, config.audio_config, made="encoder", path=path)
+    on_meta = torch.get_default_device().type == "meta"
+    return SpeechEncoder(config) if on_meta else SpeechEncoder.from_pretrained(path, config=config)
+
+
+def require_kept(section: str, wanted: Any, found: dict, *, made: str, path: str | Path) -> None:
+    """Raise ValueError where dataclass `wanted` asks, by a value that is no default, for other than `found`."""
+    default = asdict(type(wanted)())
+    for name, value in asdict(wanted).items():
+        if value not in (default[name], found[name]):
+            raise ValueError(
+                f"{section}.{name} is {value!r} and the {made} {path} was made with {found[name]!r}; leave it out"
+            )
 
 
 def speech_encoder_facts(model: nn.Module) -> dict[str, str | float]:
