@@ -24,9 +24,10 @@ from torch import Tensor
 from .keyed_random import keyed_uniform
 
 CHUNK_ELEMENTS = 1 << 22  # float64 values in a chunk of distances or of frames: 32 MB
-# The start looks at a random part of the frames: with 200 for each cluster it costs no more than some iterations.
-START_FRAMES_PER_CLUSTER = 200
-START_SAMPLE, FIRST_CENTROID, NEXT_CENTROID = 0, 1, 2  # purposes of random numbers; the last one counts on
+# The best of a few starts, each carried on for some iterations: one alone ends up to 5 % above the best of ten on small
+# samples. They look at a random part of the frames, and so cost less than the iterations over all of them.
+STARTS, START_ITERATIONS, START_FRAMES_PER_CLUSTER = 4, 10, 200
+START_SAMPLE, CENTROID = 0, 1  # purposes of random numbers; the last one counts on, through centroids and starts
 
 
 class Ranks(Protocol):
@@ -176,18 +177,30 @@ def _bits(count: int, largest: float) -> int:
 
 
 def _start(data: _Data, *, clusters: int, seed: int) -> Tensor:
-    """Return centroids_KD of greedy k-means++."""
+    """Return centroids_KD to begin with: of several starts, the one with the least inertia after some iterations."""
     wanted = START_FRAMES_PER_CLUSTER * clusters
     if data.total > wanted:
         drawn_N = keyed_uniform(data.ids_N, seed=seed, purpose=START_SAMPLE) < wanted / data.total
         data = _Data(data.frames_ND[drawn_N], data.ids_N[drawn_N], data.ranks)
+    states = []
+    for start in range(STARTS):
+        purpose = CENTROID + start * clusters
+        state = KMeansState(_plus_plus(data, clusters=clusters, seed=seed, purpose=purpose))
+        while state.iteration < START_ITERATIONS and not state.converged:
+            state = _iterate(data, state, tolerance=1e-3)
+        states.append(state)
+    return min(states, key=lambda state: state.inertias[-1]).centroids_KD
+
+
+def _plus_plus(data: _Data, *, clusters: int, seed: int, purpose: int) -> Tensor:
+    """Return centroids_KD of greedy k-means++; random numbers are those of `purpose` and the clusters - 1 after it."""
     C = 2 + int(math.log(clusters))  # scikit-learn's number of candidates
-    time_N = keyed_uniform(data.ids_N, seed=seed, purpose=FIRST_CENTROID)
+    time_N = keyed_uniform(data.ids_N, seed=seed, purpose=purpose)
     (_, _, first_D), *_ = data.first(time_N, 1)
     centroids = [first_D.double()]
     closest_N = _distances_to(data.frames_ND, centroids)[:, 0]
     while len(centroids) < clusters:
-        time_N = -keyed_uniform(data.ids_N, seed=seed, purpose=NEXT_CENTROID + len(centroids)).log() / closest_N
+        time_N = -keyed_uniform(data.ids_N, seed=seed, purpose=purpose + len(centroids)).log() / closest_N
         candidates = [frame_D.double() for _, _, frame_D in data.first(time_N, C)[:C]]
         if not candidates:
             raise ValueError(
