@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .index import read_index
+from .index import index_path, read_index
 from .whole_file import whole_file, write_json
 
 FORMAT = 1
@@ -37,7 +37,7 @@ class StaleLabels(ValueError):
 
 
 class UtteranceLabels(NamedTuple):
-    """What is stored for one utterance; `audio` are its encoded bytes, `samples` their number once decoded."""
+    """What is stored for one utterance: the `audio_hash` of its encoded bytes, its decoded samples, its codes."""
 
     audio: bytes
     samples: int
@@ -60,8 +60,9 @@ def rows_dtype(key_bytes: int) -> np.dtype:
 
 
 def label_shard_name(number: int, shard: Path) -> str:
-    """Return the name of a label shard: two folders may both have a shard-000000.tar."""
-    return f"{number:05d}-{shard.stem}"
+    """Return the name of a label shard, another one where the shard's index is: it says if its labels are written."""
+    digest = hashlib.blake2b(index_path(shard).read_bytes(), digest_size=4).hexdigest()
+    return f"{number:05d}-{shard.stem}-{digest}"
 
 
 def write_label_shard(folder: Path, name: str, *, shard: Path, labels: dict[int, UtteranceLabels]) -> None:
@@ -73,7 +74,7 @@ def write_label_shard(folder: Path, name: str, *, shard: Path, labels: dict[int,
     for row in sorted(labels):
         entry = labels[row]
         codes.append(np.asarray(entry.codes, dtype=np.uint16))
-        rows[row] = (keys[row], audio_hash(entry.audio), entry.samples, offset, len(entry.codes))
+        rows[row] = (keys[row], entry.audio, entry.samples, offset, len(entry.codes))
         offset += len(entry.codes)
     with whole_file(folder / f"{name}.codes.npy") as handle:
         np.save(handle, np.concatenate(codes or [np.zeros(0, np.uint16)]))
@@ -168,8 +169,8 @@ class FrameLabels:
         where = f"{shard}: {label_shards[0].key(row)}"
         if not any(at.rows["frames"][row] for at in label_shards):
             raise ValueError(
-                f"{where}: has no frame labels in {self.folder}: its audio could not be read, or data.limits refused "
-                "it, when they were made; use the same limits, or run cluster_labels again"
+                f"{where}: has no frame labels in {self.folder}: its audio could not be read, or data.limits or "
+                "batch_seconds refused it, when they were made; use the same limits, or run cluster_labels again"
             )
         digest = audio_hash(audio)
         at = next((at for at in label_shards if at.rows["audio"][row].tobytes() == digest), None)

@@ -10,7 +10,7 @@ import torch
 from seedling.data import frame_labels
 from seedling.data.augment import AugmentConfig
 from seedling.data.batches import PlannedBatches, make_loader
-from seedling.data.frame_labels import NO_LABEL, FrameLabels, StaleLabels, UtteranceLabels, count_codes
+from seedling.data.frame_labels import NO_LABEL, FrameLabels, StaleLabels, UtteranceLabels, audio_hash, count_codes
 from seedling.data.index import Corpus, write_index
 from seedling.data.loader import STAND_IN_KEY, AudioDataset
 from seedling.data.plan import MicroBatch, Plan, PlanConfig
@@ -45,7 +45,7 @@ def label(folder, audio_folders, *, codes=codes_of):
         for row, at in enumerate(corpus.index(number)):
             if (number, row) != (1, UNLABELLED):
                 audio = path.read_bytes()[at["audio_offset"] : at["audio_offset"] + at["audio_size"]]
-                labels[row] = UtteranceLabels(audio, int(at["samples"]), codes(number, row))
+                labels[row] = UtteranceLabels(audio_hash(audio), int(at["samples"]), codes(number, row))
         names.append(frame_labels.label_shard_name(number, path))
         frame_labels.write_label_shard(folder, names[-1], shard=path, labels=labels)
     frame_labels.write_label_index(folder, names, codes=CODES, made_by="abc")
@@ -157,7 +157,8 @@ def test_a_killed_writer_leaves_no_label_shard(audio, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         label(tmp_path / "labels", [audio])
-    assert not frame_labels.is_written(tmp_path / "labels", "00000-shard-000000")
+    name = frame_labels.label_shard_name(0, audio / "shard-000000.tar")
+    assert name.startswith("00000-shard-000000-") and not frame_labels.is_written(tmp_path / "labels", name)
 
 
 def test_the_fingerprint_follows_the_labels_and_not_their_place(labels, audio, tmp_path):
@@ -167,8 +168,8 @@ def test_the_fingerprint_follows_the_labels_and_not_their_place(labels, audio, t
     assert FrameLabels.open(tmp_path / "others").fingerprint != labels.fingerprint
 
 
-def test_codes_are_counted(labels, tmp_path):
-    names = ["00000-shard-000000", "00001-shard-000001"]
+def test_codes_are_counted(labels, audio, tmp_path):
+    names = [frame_labels.label_shard_name(shard, shard_path(audio, shard)) for shard in range(2)]
     counts = count_codes(tmp_path / "labels", names, codes=CODES)
     every = [codes_of(s, r) for s in range(2) for r in range(UTTERANCES) if (s, r) != (1, UNLABELLED)]
     assert counts.tolist() == np.bincount(np.concatenate(every), minlength=CODES).tolist()
