@@ -78,6 +78,7 @@ class MaskedPrediction(nn.Module):
             assert self.quantizer is not None, "without a quantizer labels must be given"
             labels_MN = self.quantizer.codes(stacked(features_BTF, frames_B)[0].flatten(0, 1)[masked_M])
         h_BLD, _ = self.encoder(replace_by_noise(features_BTF, mask_BL, self.mask), frames_B)
+        assert h_BLD.shape[:2] == mask_BL.shape, f"{h_BLD.shape[:2]} frames, a mask of {mask_BL.shape}"
         return self.predict(h_BLD.flatten(0, 1)[masked_M], labels_MN)
 
     def predict(self, h_MD: Tensor, labels_MN: Tensor) -> MaskedPredictionOutput:
