@@ -79,6 +79,13 @@ SFT = {
         "wandb": {"mode": "disabled"},
     },
 }
+PRETRAIN = {
+    "encoder": SFT["encoder"],
+    "quantizer": {"num_codebooks": 2, "codebook_size": 24},
+    "mask": {"start_probability": 0.02, "span_frames": 12},
+    "cmvn_batches": 2,
+    "train": SFT["train"] | {"lr": {"encoder": 1e-2, "heads": 1e-2}},
+}
 # To learn a corpus by heart: nothing random in the way, and a third of it in every step.
 BY_HEART = (
     "encoder.dropout=0",
@@ -214,6 +221,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(run_dir: Path, untouched: Path, *, steps: int, message: str) -> None:
+    """Same weights to the bit, and the same utterances in the same steps."""
+    assert not differing(weights(run_dir), weights(untouched)), message
+    ledger = read_lines(run_dir / "ledger.jsonl")
+    assert ledger == read_lines(untouched / "ledger.jsonl"), message
+    assert [line["step"] for line in ledger] == list(range(1, steps + 1)), message
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
