@@ -60,7 +60,7 @@ class ClusterLabelsConfig(StageConfig):
     # Of each utterance: more utterances say more than more frames of each, but each costs its whole forward pass.
     sample_share: float = 0.1
     iterations: int = 100
-    tolerance: float = 1e-4  # k-means ends when the inertia falls by less than this part of itself
+    tolerance: float = 1e-4  # k-means ends when the inertia falls by less than this part of itself; -1: never early
     batch_seconds: float = 120.0
     write_labels: bool = True  # False: only the labeler, for labels on the fly
 
