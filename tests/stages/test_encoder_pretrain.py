@@ -224,6 +224,87 @@ def test_sft_starts_from_the_pretrained_encoder_with_its_features(pretrained, sh
     assert [(a.name, a.kind) for a in lineage(after.path)][1:] == [("llm", "llm"), ("encoder", "speech_encoder")]
 
 
+# ---- labels of an earlier iteration
+
+
+@pytest.fixture(scope="module")
+def labeler(tmp_path_factory, pretrained, hums):
+    """The artifact of cluster_labels: 12 clusters, with a sidecar for the corpus."""
+    values = {"clusters": 12, "layer": 1, "sample_frames": 2000, "sample_share": 1.0}
+    given = [f"inputs.encoder={pretrained}/artifact", f"data.train=[{hums}]"]
+    run_dir = tmp_path_factory.mktemp("labels") / "run"
+    return tiny_runs.train("cluster_labels", run_dir, values, *given) / "artifact"
+
+
+@pytest.fixture(scope="module")
+def second(hums, labeler) -> list[str]:
+    """What turns PRETRAIN into a second iteration of three steps."""
+    data = [f"data.train=[{hums}]", f"data.valid.dev={hums}"]
+    return [*data, f"inputs.labeler={labeler}", "train.max_steps=3", "train.save_every=3"]
+
+
+def test_a_second_iteration_learns_the_clusters_of_the_first(second, tmp_path):
+    longer = ["train.max_steps=100", "train.micro_batch_seconds=8", "encoder.dropout=0", "train.log_every=50"]
+    run = tiny_runs.train("encoder_pretrain", tmp_path / "run", tiny_runs.PRETRAIN, *second, *longer)
+    artifact = load_artifact(run / "artifact")
+    found = artifact.metrics
+    assert found["valid/dev/mask_acc"] > found["valid/dev/unigram_acc"] + 0.1, found
+    assert artifact.facts["num_codes"] == 12 and not (artifact.path / "quantizer.safetensors").exists()
+    chain = [(a.name, a.stage) for a in lineage(artifact.path)]
+    assert chain[1:] == [("labeler", "cluster_labels"), ("encoder", "encoder_pretrain")]
+
+
+def test_labels_from_the_sidecar_and_on_the_fly_give_the_same_run_to_the_bit(second, tmp_path):
+    runs = [
+        tiny_runs.train("encoder_pretrain", tmp_path / labels, tiny_runs.PRETRAIN, *second, f"labels={labels}")
+        for labels in ("sidecar", "on_the_fly")
+    ]
+    assert not tiny_runs.differing(*map(tiny_runs.weights, runs))
+    for name in ("train/loss", "ssl/mask_acc", "ssl/target_perplexity", "valid/dev/loss"):
+        assert metrics(runs[0], name) == metrics(runs[1], name), name
+
+
+def test_on_the_fly_labels_are_float32_whatever_the_run_is_trained_in(second, tmp_path):
+    entropies = []
+    for precision in ("fp32", "bf16"):
+        given = [*second, "labels=on_the_fly", f"train.precision={precision}", "train.max_steps=1"]
+        run = tiny_runs.train("encoder_pretrain", tmp_path / precision, tiny_runs.PRETRAIN, *given)
+        entropies.append(metrics(run, "valid/dev/codebook_entropy"))
+    assert entropies[0] == entropies[1]
+
+
+def test_noise_is_added_to_what_is_heard_and_not_to_what_is_predicted(second, hums, mute_shards, tmp_path):
+    noise = [
+        "data.augment.noise_probability=1",
+        f"data.augment.noise_data=[{mute_shards}]",
+        "data.augment.snr_db_max=5",
+    ]
+    runs = [
+        tiny_runs.train("encoder_pretrain", tmp_path / str(len(more)), tiny_runs.PRETRAIN, *second, *more)
+        for more in ([], noise)
+    ]
+    assert metrics(runs[0], "ssl/codebook_entropy") == metrics(runs[1], "ssl/codebook_entropy")
+    assert metrics(runs[0], "train/loss") != metrics(runs[1], "train/loss")
+
+
+def test_audio_that_cannot_be_read_has_no_label_and_no_loss(second, tmp_path):
+    config = tiny_runs.write_yaml(tmp_path / "pretrain.yaml", tiny_runs.PRETRAIN)
+    _, loaded = load_stage_config("encoder_pretrain", config, overrides=[f"run_dir={tmp_path}/run", *second])
+    (tmp_path / "run").mkdir()
+    trained = Trainer(EncoderPretrain(), loaded.config, run_dir=tmp_path / "run", world=init_world())
+    (step, *_) = trained.data.plan.steps(epochs=1)
+    batch = trained.data.dataset[step.micro_batches[0]._replace(utterances=())]
+    assert batch.keys == [STAND_IN_KEY] and trained.stage.count(batch) == 0
+    assert trained.stage.loss(trained.engine.model, batch).loss_sum.item() == 0
+
+
+def test_labels_of_other_audio_stop_the_run(second, mute_shards, tmp_path, capsys):
+    config = tiny_runs.write_yaml(tmp_path / "stage.yaml", tiny_runs.PRETRAIN)
+    other = [*second, f"data.train=[{mute_shards}]"]
+    assert main(["run", "encoder_pretrain", "--config", str(config), f"run_dir={tmp_path}/run", *other]) == 2
+    assert "cluster_labels" in capsys.readouterr().err
+
+
 # ---- what does not fit together
 
 
@@ -238,16 +319,27 @@ def test_sft_starts_from_the_pretrained_encoder_with_its_features(pretrained, sh
         ("encoder_pretrain", ["inputs.encoder=SHARDS"], "manifest.json"),
         ("encoder_pretrain", ["inputs.labeler=ENCODER"], "expects 'frame_labeler'"),
         ("encoder_pretrain", ["data.train=[]"], "data.train is empty"),
+        ("encoder_pretrain", ["inputs.labeler=LABELER", "data.augment.speed_probability=0.5"], "on_the_fly"),
+        (
+            "encoder_pretrain",
+            [
+                "inputs.labeler=LABELER",
+                "labels=on_the_fly",
+                "data.augment.noise_probability=1",
+                "data.augment.noise_data=[SHARDS]",
+            ],
+            "labels=sidecar",
+        ),
         ("sft", ["inputs.llm=LLM", "inputs.encoder=ENCODER", "encoder.dim=64"], "encoder.dim is 64 and the encoder"),
         ("sft", ["inputs.llm=LLM", "inputs.encoder=ENCODER", "features.sample_rate=8000"], "leave it out"),
         ("sft", ["inputs.encoder=ENCODER"], "sft needs an LLM"),
     ],
 )
 def test_what_does_not_fit_together_is_one_line_and_exit_2(
-    pretrained, shards, llm_folder, tmp_path, capsys, stage, given, said
+    pretrained, labeler, shards, llm_folder, tmp_path, capsys, stage, given, said
 ):
     values = tiny_runs.PRETRAIN if stage == "encoder_pretrain" else tiny_runs.SFT
-    folders = {"ENCODER": pretrained / "artifact", "SHARDS": shards, "LLM": llm_folder}
+    folders = {"ENCODER": pretrained / "artifact", "LABELER": labeler, "SHARDS": shards, "LLM": llm_folder}
     for name, folder in folders.items():
         given = [text.replace(name, str(folder)) for text in given]
     config = tiny_runs.write_yaml(tmp_path / "stage.yaml", values)
