@@ -107,6 +107,8 @@ class EncoderPretrain:
         self.sidecar: FrameLabels | None = None
         self.labeler: FrameLabeler | None = None
         self.given = inputs.get("labeler")
+        if self.given is None and cfg.labels != EncoderPretrainConfig.labels:
+            raise ValueError(f"labels is {cfg.labels} and there is no inputs.labeler that they could come from; set it")
         speech = self._speech_encoder(cfg, inputs.get("encoder"))
         self.features = speech.fbank.cfg
         if self.given is None:
@@ -128,20 +130,19 @@ class EncoderPretrain:
         if pretrained:
             return load_speech_encoder(pretrained.path, features=cfg.features, encoder=cfg.encoder)
         fbank = Fbank(cfg.features)
-        if torch.get_default_device().type != "meta":
+        if not _on_meta():
             some_audio = cfg.data.training(seed=cfg.seed, **self._limits(cfg.features)).first(cfg.cmvn_batches)
             fbank.estimate_cmvn((batch.waveforms_BN, batch.lengths_B) for batch in some_audio)
         return SpeechEncoder.assemble(fbank=fbank, encoder=ConformerEncoder(cfg.encoder))
 
     def _open_labels(self, given: Artifact) -> None:
         given.require_unchanged_inputs(wanted_by="stage encoder_pretrain")
+        self.num_codes = given.facts["clusters"]
         if self.cfg.labels == "sidecar":
             self.sidecar = FrameLabels.open(given.path / "labels")
-            self.num_codes = self.sidecar.num_codes
-        else:
+        elif not _on_meta():
             # No part of the model: DeepSpeed would cast it to bfloat16, and its labels would be others.
             self.labeler = FrameLabeler.from_pretrained(given.path)
-            self.num_codes = self.labeler.num_codes
 
     def _check_augmentation(self) -> None:
         augment = self.cfg.data.augment
@@ -253,3 +254,8 @@ class EncoderPretrain:
         if model.quantizer is not None:
             model.quantizer.save(writer.path / "quantizer.safetensors")
         writer.facts |= speech_encoder_facts(speech) | {"targets": self.targets, "num_codes": self.num_codes}
+
+
+def _on_meta() -> bool:
+    """Whether the model is only being measured (`seedling check`): shapes without weights, and no audio read."""
+    return torch.get_default_device().type == "meta"

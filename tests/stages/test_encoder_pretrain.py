@@ -313,6 +313,7 @@ def test_labels_of_other_audio_stop_the_run(second, mute_shards, tmp_path, capsy
     [
         ("encoder_pretrain", ["data.augment.noise_probability=0.5", "data.augment.noise_data=[SHARDS]"], "clean"),
         ("encoder_pretrain", ["labels=beside"], "sidecar, on_the_fly"),
+        ("encoder_pretrain", ["labels=on_the_fly"], "no inputs.labeler"),
         ("encoder_pretrain", ["mask.span_frames=30"], "multiple of 4"),
         ("encoder_pretrain", ["encoder.num_mel_bins=40"], "features.num_mel_bins (80)"),
         ("encoder_pretrain", ["inputs.encoder=ENCODER", "encoder.num_layers=3"], "encoder.num_layers is 3"),
@@ -350,9 +351,18 @@ def test_what_does_not_fit_together_is_one_line_and_exit_2(
     assert not (tmp_path / "run" / "artifact").exists()
 
 
-def test_check_builds_without_weights_and_shows_the_parts(mute_shards, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["inputs.labeler=LABELER"], ["inputs.labeler=LABELER", "labels=on_the_fly"]])
+def test_check_builds_without_weights_and_shows_the_parts(hums, labeler, tmp_path, capsys, more):
     config = tiny_runs.write_yaml(tmp_path / "pretrain.yaml", tiny_runs.PRETRAIN)
-    arguments = [f"run_dir={tmp_path}/run", f"data.train=[{mute_shards}]"]
+    arguments = [f"run_dir={tmp_path}/run", f"data.train=[{hums}]"]
+    arguments += [text.replace("LABELER", str(labeler)) for text in more]
     assert main(["check", "encoder_pretrain", "--config", str(config), *arguments]) == 0
     out = capsys.readouterr().out
     assert "48 utterances" in out and {"encoder", "heads"} <= {line.split()[0] for line in out.splitlines() if line}
+
+
+def test_check_of_going_on_from_an_encoder_needs_no_weights(pretrained, hums, tmp_path, capsys):
+    config = tiny_runs.write_yaml(tmp_path / "pretrain.yaml", tiny_runs.PRETRAIN)
+    arguments = [f"run_dir={tmp_path}/run", f"data.train=[{hums}]", f"inputs.encoder={pretrained}/artifact"]
+    assert main(["check", "encoder_pretrain", "--config", str(config), *arguments]) == 0
+    assert "48 utterances" in capsys.readouterr().out
