@@ -73,8 +73,6 @@ class ClusterLabelsConfig(StageConfig):
             raise ValueError(f"sample_share is {self.sample_share}; it is a part of each utterance, above 0 up to 1")
         if self.sample_frames < self.clusters:
             raise ValueError(f"sample_frames ({self.sample_frames}) must be at least clusters ({self.clusters})")
-        if not self.data.train:
-            raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
         if self.data.augment.speed_probability or self.data.augment.noise_probability:
             raise ValueError("data.augment is on, and labels are those of clean audio; leave it out")
 
@@ -88,6 +86,8 @@ class ClusterLabels:
 
     def run(self, cfg: ClusterLabelsConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
         self.cfg, self.world = cfg, init_world()
+        if not cfg.data.train:
+            raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
         layer = chosen_layer(cfg, inputs)
         whole = SpeechEncoder.from_pretrained(inputs["encoder"].path)
         inputs["encoder"].require(speech_encoder_facts(whole), wanted_by="what was loaded from it")

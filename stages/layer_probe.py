@@ -49,10 +49,14 @@ class LayerProbeConfig(StageConfig):
                 f"train.grad_clip is {self.train.grad_clip}: clipping by the norm over all layers would let one head "
                 "slow down the others; set train.grad_clip=0"
             )
+
+    def chosen_on(self) -> str:
+        """Return the validation set that chooses the layer; ValueError where there is none."""
         if not self.data.valid:
             raise ValueError("data.valid is empty: layers are compared on it; set data.valid.dev=DIR")
         if self.choose_on and self.choose_on not in self.data.valid:
             raise ValueError(f"choose_on ({self.choose_on}) is none of data.valid: {', '.join(self.data.valid)}")
+        return self.choose_on or next(iter(self.data.valid))
 
 
 class ProbedEncoder(nn.Module):
@@ -89,6 +93,7 @@ class LayerProbe:
 
     def build(self, cfg: LayerProbeConfig, inputs: dict[str, Artifact]) -> ProbedEncoder:
         self.cfg, self.normalize, self.encoder_hash = cfg, get_normalizer(cfg.normalizer), inputs["encoder"].hash
+        self.chosen_on = cfg.chosen_on()
         with torch.device("cpu"):  # also for `seedling check`: weights that are loaded cannot be on meta
             encoder = SpeechEncoder.from_pretrained(inputs["encoder"].path)
         inputs["encoder"].require(speech_encoder_facts(encoder), wanted_by="what was loaded from it")
@@ -157,17 +162,16 @@ class LayerProbe:
         """Write the chosen layer, the errors of all (layers.json, layers.svg), and the heads."""
         layers = [int(n) for n in model.heads]
         errors = {name: errors_by_layer(writer.metrics, name, layers) for name in self.cfg.data.valid}
-        chosen_on = self.cfg.choose_on or next(iter(errors))
-        chosen = choose_layer(errors[chosen_on], by=self.cfg.choose_by)
+        chosen = choose_layer(errors[self.chosen_on], by=self.cfg.choose_by)
         depth = model.encoder.encoder.cfg.num_layers
         facts = {
             "layer": chosen,
             "num_layers": depth,
-            "chosen_by": f"lowest {self.cfg.choose_by} on {chosen_on}",
+            "chosen_by": f"lowest {self.cfg.choose_by} on {self.chosen_on}",
             "encoder_manifest": self.encoder_hash,
         }
         writer.facts |= facts | speech_encoder_facts(model.encoder)
-        best = errors[chosen_on][chosen]
+        best = errors[self.chosen_on][chosen]
         writer.metrics = writer.metrics | {"layer": chosen, "depth": chosen / depth, **best}
         report = {**facts, "sets": {name: {str(n): row for n, row in rows.items()} for name, rows in errors.items()}}
         (writer.path / "layers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
