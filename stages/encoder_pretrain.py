@@ -83,11 +83,8 @@ class MaskedAudio(Dataset):
         if batch.labels_BT is not None:
             if batch.keys == [STAND_IN_KEY]:
                 mask_BL = torch.zeros_like(mask_BL)  # nothing in it has a label
-            elif not torch.equal(batch.label_lengths_B, lengths_B):
-                raise ValueError(
-                    f"{batch.keys[0]} has {batch.label_lengths_B[0]} labels and {lengths_B[0]} encoder frames: they "
-                    "were made with other features; make them again with this run's features (stage cluster_labels)"
-                )
+            else:
+                _require_equal_lengths(batch, lengths_B)
         masked_M = mask_BL.flatten().nonzero()[:, 0]
         return MaskedBatch(**vars(batch), mask_BL=mask_BL, masked_M=masked_M)
 
@@ -254,6 +251,15 @@ class EncoderPretrain:
         if model.quantizer is not None:
             model.quantizer.save(writer.path / "quantizer.safetensors")
         writer.facts |= speech_encoder_facts(speech) | {"targets": self.targets, "num_codes": self.num_codes}
+
+
+def _require_equal_lengths(batch: AudioBatch, lengths_B: Tensor) -> None:
+    for key, labels, frames in zip(batch.keys, batch.label_lengths_B.tolist(), lengths_B.tolist()):
+        if labels != frames:
+            raise ValueError(
+                f"{key} has {labels} labels and {frames} encoder frames: they were made with other features; make them "
+                "again with this run's features (stage cluster_labels)"
+            )
 
 
 def _on_meta() -> bool:

@@ -298,6 +298,14 @@ def test_audio_that_cannot_be_read_has_no_label_and_no_loss(second, tmp_path):
     assert trained.stage.loss(trained.engine.model, batch).loss_sum.item() == 0
 
 
+def test_labels_of_another_frame_rate_stop_the_run(second, tmp_path, capsys):
+    config = tiny_runs.write_yaml(tmp_path / "stage.yaml", tiny_runs.PRETRAIN)
+    other = [*second, "features.frame_shift_ms=12.5"]
+    assert main(["run", "encoder_pretrain", "--config", str(config), f"run_dir={tmp_path}/run", *other]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedling: error:")]
+    assert len(errors) == 1 and "made with other features" in errors[0]
+
+
 def test_labels_of_other_audio_stop_the_run(second, mute_shards, tmp_path, capsys):
     config = tiny_runs.write_yaml(tmp_path / "stage.yaml", tiny_runs.PRETRAIN)
     other = [*second, f"data.train=[{mute_shards}]"]
