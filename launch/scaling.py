@@ -29,7 +29,14 @@ from .pipeline_config import Pipeline, PipelineConfig, StepConfig, read_steps, r
 from .stage_lookup import find_config
 
 PAPER = {"loss": (-0.16, 6.31), "wer": (-0.25, 10.36)}  # slope and intercept; the WER is after sft, in percent
-ERRORS = ("wer", "cer")  # of the probe's chosen layer
+# Of the probe's chosen layer. Its loss, nats a byte, still tells small encoders apart whose error rates are all near 1.
+PROBE = {"wer": "wer", "cer": "cer", "probe_loss": "loss"}
+TITLES = {
+    "loss": ("masked prediction loss", "nats a frame"),
+    "wer": ("WER of the layer probe", "WER"),
+    "cer": ("CER of the layer probe", "CER"),
+    "probe_loss": ("CTC loss of the layer probe", "nats a byte"),
+}
 # What a size may set: all else would change what is learnt, or from what.
 OF_A_SIZE = ("encoder", "train.lr", "train.precision", "train.zero_stage")
 
@@ -91,7 +98,7 @@ class ScalingConfig:
 
 
 class Point(NamedTuple):
-    """One size, measured: `values` are the loss and, with a probe, its errors as fractions."""
+    """One size, measured: `values` are the loss and, with a probe, its errors (as fractions) and its loss."""
 
     size: str
     parameters: int
@@ -127,7 +134,7 @@ def measure(cfg: ScalingConfig, pipeline: Pipeline) -> list[Point]:
         values = {"loss": pretrained.metrics[f"valid/{cfg.valid}/loss"]}
         if cfg.probe is not None:
             probe = load_artifact(outputs[f"probe_{size.name}"], kind="layer_probe", verify=False)
-            values |= {metric: probe.metrics[metric] for metric in ERRORS}
+            values |= {name: probe.metrics[metric] for name, metric in PROBE.items()}
         points.append(Point(size.name, parameters_by_part(pretrained.path)["encoder"], values))
         seen[size.name] = _trained_on(pretrained)
     names = list(seen)
@@ -145,7 +152,7 @@ def _trained_on(pretrained: Artifact) -> str:
 
 
 def write_study(cfg: ScalingConfig, pipeline: Pipeline) -> dict[str, LinearFit]:
-    """Write RUN/scaling.json, RUN/scaling_loss.svg and, with a probe, scaling_wer.svg and scaling_cer.svg."""
+    """Write RUN/scaling.json, RUN/scaling_loss.svg and, with a probe, one figure for each of its measures."""
     points = measure(cfg, pipeline)
     fits = {name: fit_line([p.log2 for p in points], [p.values[name] for p in points]) for name in points[0].values}
     report = {
@@ -196,12 +203,13 @@ def scaling_figure(points: Sequence[Point], name: str, fit: LinearFit) -> str:
         slope, intercept = PAPER[name]
         paper = [slope * x + intercept for x in ends]
         marks.append(Mark(f"Seed-ASR: {slope} log2(N) + {intercept}", ends, paper, "dashed", colour=1))
+    title, unit = TITLES[name]
     return svg_figure(
         marks,
-        title=f"{'masked prediction loss' if name == 'loss' else f'{name.upper()} of the layer probe'} by encoder size",
+        title=f"{title} by encoder size",
         x_label="parameters of the encoder (log scale)",
-        y_label="nats a frame" if name == "loss" else name.upper(),
-        percent=name != "loss",
+        y_label=unit,
+        percent=name in ("wer", "cer"),
         x_ticks={p.log2: short_count(p.parameters) for p in points},
     )
 

@@ -8,6 +8,7 @@ Shape letters: B utterances, T frames of 40 ms, D width.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ from .runtime.train_config import TrainConfig, require_choice
 
 METRICS = ("wer", "cer", "loss")
 HEADS = "heads.safetensors"
+SATURATED = 0.95  # CTC begins with blanks only, which is an error rate of 1, and stays there for a while
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -163,6 +166,11 @@ class LayerProbe:
         layers = [int(n) for n in model.heads]
         errors = {name: errors_by_layer(writer.metrics, name, layers) for name in self.cfg.data.valid}
         chosen = choose_layer(errors[self.chosen_on], by=self.cfg.choose_by)
+        if self.cfg.choose_by != "loss" and errors[self.chosen_on][chosen][self.cfg.choose_by] > SATURATED:
+            log.warning(
+                f"all layers have a {self.cfg.choose_by} near 1 on {self.chosen_on}: their heads have hardly begun to "
+                "spell, and the choice of a layer is chance; train longer (train.max_steps), or choose_by=loss"
+            )
         depth = model.encoder.encoder.cfg.num_layers
         facts = {
             "layer": chosen,

@@ -51,7 +51,7 @@ def finish(pipeline, *, steps=None, data=None) -> None:
             writer.metrics = {"valid/dev/loss": LOSSES[size]}
             writer.facts = {"steps": (steps or {}).get(size, 5), "data_fingerprint": (data or {}).get(size, "abc" * 20)}
         else:
-            writer.metrics = {"wer": LOSSES[size] / 6, "cer": LOSSES[size] / 9}
+            writer.metrics = {"wer": LOSSES[size] / 6, "cer": LOSSES[size] / 9, "loss": LOSSES[size] / 2}
         writer.finish()
 
 
@@ -74,7 +74,7 @@ def test_the_report_holds_the_points_the_lines_and_their_intervals_as_scipy_has_
     report = json.loads((study / "runs/toy/scaling.json").read_text())
     assert [(p["size"], p["parameters"]) for p in report["points"]] == list(PARAMETERS.items())
     xs = np.log2(list(PARAMETERS.values()))
-    for name, scale in (("loss", 1), ("wer", 6), ("cer", 9)):
+    for name, scale in (("loss", 1), ("wer", 6), ("cer", 9), ("probe_loss", 2)):
         theirs = scipy.stats.linregress(xs, np.array(list(LOSSES.values())) / scale)
         fit, t = report["fits"][name], scipy.stats.t.ppf(0.975, 1)
         assert (fit["slope"], fit["intercept"]) == pytest.approx((theirs.slope, theirs.intercept))

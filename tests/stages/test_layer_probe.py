@@ -119,6 +119,11 @@ def test_the_encoder_stays_in_evaluation_mode_so_its_dropout_is_off(encoder):
     assert all(torch.equal(a[n], b[n]) for n in (1, 2))
 
 
+def test_a_choice_among_layers_that_all_fail_is_warned_of(probe, caplog):
+    probe("train.max_steps=1")
+    assert "all layers have a wer near 1 on dev" in caplog.text and "train longer" in caplog.text
+
+
 def test_equal_errors_are_told_apart_by_the_others_then_by_depth():
     rows = {n: {"wer": 1.0, "cer": 0.5, "loss": 2.0} for n in (1, 2, 3, 4)}
     assert choose_layer(rows, by="wer") == 1
