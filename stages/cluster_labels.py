@@ -10,8 +10,10 @@ Shape letters: B utterances, T frames of 40 ms, D width, N frames on this rank, 
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..data.audio_sets import AudioDataConfig, heldout
+from ..data.batches import PlannedBatches, make_loader
 from ..data.frame_labels import (
     MAX_CODES,
     UtteranceLabels,
@@ -31,7 +34,7 @@ from ..data.frame_labels import (
     write_label_shard,
 )
 from ..data.index import Corpus
-from ..data.loader import AudioBatch, AudioDataset, utterance_key
+from ..data.loader import AudioBatch, utterance_key
 from ..data.payload import PayloadReader
 from ..data.plan import MicroBatch
 from ..model.codes import code_use
@@ -151,34 +154,35 @@ class ClusterLabels:
     @torch.no_grad()
     def _sample(self, encoder: SpeechEncoder) -> tuple[Tensor, Tensor]:
         """Return this rank's sampled frames_ND (float32) and their ids_N, which no other rank has."""
-        cfg, rate = self.cfg, speech_encoder_facts(encoder)["encoder_frames_per_second"]
-        data = cfg.data.training(seed=cfg.seed, **self._reading(encoder))
+        data = self.cfg.data.training(seed=self.cfg.seed, **self._reading(encoder))
+        frames_per_second = speech_encoder_facts(encoder)["encoder_frames_per_second"]
+        # A small corpus gives more of each utterance, a large one only the first utterances of its plan.
+        every = frames_per_second * data.plan.summary(0).seconds
+        share = min(1.0, max(self.cfg.sample_share, self.cfg.sample_frames / every))
+        enough_seconds = self.cfg.sample_frames / (share * frames_per_second)
         corpus = data.dataset.corpus
         first_S = np.cumsum([0, *(len(corpus.index(shard)) for shard in range(len(corpus.shards)))])
-        # A small corpus gives more of each utterance, a large one only the first utterances of its plan.
-        share = max(cfg.sample_share, cfg.sample_frames / (rate * data.plan.summary(0).seconds))
         frames = [torch.zeros(0, encoder.encoder.cfg.dim, device=self.world.device)]
         ids = [torch.zeros(0, dtype=torch.int64)]
-        planned = 0.0
-        for number, step in enumerate(data.plan.steps(epochs=1)):
-            if planned >= cfg.sample_frames:
-                break
-            (micro_batch,) = step.micro_batches
-            planned += min(share, 1.0) * rate * seconds_of(corpus, micro_batch.utterances)
-            if number % self.world.size != self.world.rank:
-                continue
-            batch, utterances = read_usable(data.dataset, micro_batch)
-            if not utterances:
-                continue
-            batch = batch.to(self.world.device)
+        planned = planned_until(data, enough_seconds)[self.world.rank :: self.world.size]
+        for batch, utterances in self._batches(data, planned):
             h_BTD, lengths_B = encoder(batch.waveforms_BN, batch.lengths_B)
             number_B = torch.tensor([int(first_S[shard]) + row for shard, row in utterances])
             ids_BT = (number_B[:, None] << FRAME_BITS) + torch.arange(h_BTD.shape[1])
-            taken_BT = valid_frames(lengths_B.cpu(), h_BTD.shape[1])[..., 0]
-            taken_BT = taken_BT & (keyed_uniform(ids_BT, seed=cfg.seed, purpose=SAMPLE) < share)
+            drawn_BT = keyed_uniform(ids_BT, seed=self.cfg.seed, purpose=SAMPLE) < share
+            taken_BT = drawn_BT & valid_frames(lengths_B.cpu(), h_BTD.shape[1])[..., 0]
             frames.append(h_BTD[taken_BT.to(h_BTD.device)].float())
             ids.append(ids_BT[taken_BT])
         return torch.cat(frames), torch.cat(ids).to(self.world.device)
+
+    def _batches(
+        self, data: PlannedBatches, planned: list[MicroBatch]
+    ) -> Iterator[tuple[AudioBatch, list[tuple[int, int]]]]:
+        """Yield each batch that has anything usable, on the device, and the (shard, row) of every utterance in it."""
+        loader = make_loader(data, planned, num_workers=self.cfg.train.num_workers)
+        for micro_batch, batch in zip(planned, loader):
+            if utterances := usable(batch, micro_batch, data.dataset.corpus):
+                yield batch.to(self.world.device), utterances
 
     def _reading(self, encoder: SpeechEncoder) -> dict:
         """How audio is read. Steps of one micro-batch are the same ones, bit for bit, for any number of ranks."""
@@ -223,12 +227,8 @@ class ClusterLabels:
         if refused:
             first = f"{refused[0].key}: {refused[0].reason}"
             log.warning(f"{shard}: {len(refused)} utterances are not labelled, the first {first}")
-        steps = data.plan.steps(epochs=1) if len(refused) < len(rows) else []
-        for step in steps:
-            batch, utterances = read_usable(data.dataset, step.micro_batches[0])
-            if not utterances:
-                continue
-            batch = batch.to(self.world.device)
+        planned = planned_until(data, math.inf) if len(refused) < len(rows) else []
+        for batch, utterances in self._batches(data, planned):
             labels_BT, frames_B = labeler(batch.waveforms_BN, batch.lengths_B)
             lengths = zip(utterances, labels_BT.cpu().numpy(), frames_B.tolist(), batch.lengths_B.tolist())
             for (_, row), codes_T, frames, samples in lengths:
@@ -261,24 +261,28 @@ def what_decides_the_centroids(cfg: ClusterLabelsConfig) -> dict[str, str]:
     }
 
 
-def seconds_of(corpus: Corpus, utterances: tuple[tuple[int, int], ...]) -> float:
-    rows = [corpus.index(shard)[row] for shard, row in utterances]
-    return sum(int(at["samples"]) / int(at["sample_rate"]) for at in rows)
+def planned_until(data: PlannedBatches, seconds: float) -> list[MicroBatch]:
+    """Return the first micro-batches of an epoch that hold so much audio, or all."""
+    found, planned, corpus = [], 0.0, data.dataset.corpus
+    for step in data.plan.steps(epochs=1):
+        if planned >= seconds:
+            break
+        found += step.micro_batches
+        rows = [corpus.index(shard)[row] for m in step.micro_batches for shard, row in m.utterances]
+        planned += sum(int(at["samples"]) / int(at["sample_rate"]) for at in rows)
+    return found
 
 
-def read_usable(dataset: AudioDataset, micro_batch: MicroBatch) -> tuple[AudioBatch, list[tuple[int, int]]]:
-    """Return a batch and the (shard, row) of each utterance in it; those that cannot be read are named in the log."""
-    batch = dataset[micro_batch]
+def usable(batch: AudioBatch, micro_batch: MicroBatch, corpus: Corpus) -> list[tuple[int, int]]:
+    """Return the (shard, row) of each utterance in a batch; those that could not be read are named in the log."""
     for bad in batch.bad:
         log.warning(f"bad utterance: {bad}")
-    unusable = {(bad.shard, bad.key) for bad in batch.bad}
-    corpus = dataset.corpus
-    usable = [
+    bad_ones = {(bad.shard, bad.key) for bad in batch.bad}
+    return [
         (shard, row)
         for shard, row in micro_batch.utterances
-        if (str(corpus.shards[shard]), utterance_key(corpus.index(shard)[row])) not in unusable
+        if (str(corpus.shards[shard]), utterance_key(corpus.index(shard)[row])) not in bad_ones
     ]
-    return batch, usable
 
 
 def hand_over(folder: Path, target: Path, names: list[str], *, codes: int, made_by: str) -> None:

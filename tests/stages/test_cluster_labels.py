@@ -20,7 +20,7 @@ from seedling.data.plan import MicroBatch
 from seedling.launch.cli import main
 from seedling.model.frame_labeler import FrameLabeler
 from seedling.model.speech_encoder import SpeechEncoder
-from seedling.stages.runtime.artifacts import lineage, load_artifact
+from seedling.stages.runtime.artifacts import ArtifactWriter, lineage, load_artifact
 
 K, LAYER = 24, 2
 CLUSTERS = {"clusters": K, "layer": LAYER, "sample_frames": 400, "batch_seconds": 6, "iterations": 60}
@@ -175,10 +175,13 @@ def test_two_processes_find_the_centroids_and_the_labels_of_one(labeler, given, 
     assert all(np.array_equal(one[key], many[key]) for key in one)
 
 
+def test_workers_that_read_audio_change_nothing(labeler, cluster):
+    files = [load_artifact(folder).manifest["files"] for folder in (cluster("train.num_workers=2"), labeler)]
+    assert files[0] == files[1]
+
+
 def test_the_layer_comes_from_the_probe_of_this_very_encoder(cluster, encoder, tmp_path, given, capsys):
     def probe(name, **facts):
-        from seedling.stages.runtime.artifacts import ArtifactWriter
-
         writer = ArtifactWriter(tmp_path / name, kind="layer_probe", stage="layer_probe", facts=facts).start()
         return writer.finish().path
 
