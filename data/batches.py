@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .plan import MicroBatch, Plan
 
+# The key of what stands in where a micro-batch has no usable utterance: a second of silence, or an empty sentence.
+STAND_IN_KEY = ""
+
 
 class BadUtterance(NamedTuple):
     """An utterance that could not be used, and why; `shard` is the path of its tar or text file."""
@@ -27,6 +30,21 @@ class BadUtterance(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}"
+
+
+class WithTexts:
+    """What a batch with texts says of their size: in characters, as what a token is only the stage knows."""
+
+    texts: list[str]
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def padded_characters(self) -> int:
+        """Characters when each text is as long as the longest."""
+        return len(self.texts) * max(map(len, self.texts), default=0)
 
 
 @dataclass

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import acoustics, demo_text
 from .synthesis import VARIANTS, Espeak, import_loader
 
-VERSION = 3  # raise it with every change that alters what is written: older corpora are then generated anew
+VERSION = 4  # raise it with every change that alters what is written: older corpora are then generated anew
 SAMPLE_RATE = 16_000
 CHUNK_UTTERANCES = 300
 # None of these has a near twin among the others, as f2 has in f5 or adam in benjamin.
@@ -259,19 +259,19 @@ def _trim(wave: np.ndarray, *, threshold: float = 0.003) -> np.ndarray:
 
 
 def _in_the_world(wave: np.ndarray, others: list[np.ndarray], *, rng: np.random.Generator) -> np.ndarray:
-    """Add pauses, in 2 of 10 utterances a room, noise (loud in half of them), and a level between -27 and -21 dB."""
+    """Add pauses, in 2 of 10 utterances a room, noise (loud in a third), and a level between -27 and -21 dB."""
     pauses = (rng.uniform(0.15, 0.45, size=2) * SAMPLE_RATE).astype(int)
     wave = np.pad(wave, pauses)
     if rng.random() < 0.2:
         impulse = acoustics.room_impulse(rng.uniform(0.15, 0.4), sample_rate=SAMPLE_RATE, rng=rng)
         wave = acoustics.reverberate(wave, impulse)
     # No recording is without noise. Digital silence would also treble the features' deviation, at which speech is flat.
-    noisy = rng.random() < 0.5
+    noisy = rng.random() < 0.35
     kind = rng.choice(["white", "pink", "babble"] if noisy and others else ["white", "pink"])
     sound = (
         acoustics.babble(others, len(wave), rng=rng) if kind == "babble" else acoustics.noise(kind, len(wave), rng=rng)
     )
-    snr_db = rng.uniform(12, 30) if noisy else rng.uniform(35, 55)
+    snr_db = rng.uniform(15, 30) if noisy else rng.uniform(35, 55)
     wave = acoustics.add_noise(wave, sound, snr_db=snr_db)
     return acoustics.limit(wave * (10 ** (rng.uniform(-27, -21) / 20) / acoustics.rms(wave)))
 

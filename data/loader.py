@@ -18,19 +18,17 @@ from torch.utils.data import Dataset
 
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
-from .batches import BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance, WithTexts
 from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
 
-# The key of the second of silence that stands in where a micro-batch has no usable utterance at all.
-STAND_IN_KEY = ""
 NO_CODES = np.zeros(0, np.uint16)
 
 
 @dataclass
-class AudioBatch:
+class AudioBatch(WithTexts):
     """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64).
 
     With frame labels, labels_BT are their codes (int64, NO_LABEL past the end) and label_lengths_B their numbers of
@@ -58,9 +56,13 @@ class AudioBatch:
         return int(self.lengths_B.sum()) / self.sample_rate
 
     @property
-    def padding(self) -> float:
-        """The fraction of the samples that is padding."""
-        return 1 - int(self.lengths_B.sum()) / self.waveforms_BN.numel()
+    def padded_seconds(self) -> float:
+        return self.waveforms_BN.numel() / self.sample_rate
+
+    @property
+    def amount(self) -> str:
+        padding = 1 - self.seconds / self.padded_seconds
+        return f"{len(self)} utterances, {self.seconds:.1f} s of audio, padding {padding:.1%}"
 
     def to(self, device: torch.device | str) -> AudioBatch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

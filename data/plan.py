@@ -5,6 +5,9 @@ utterances are shuffled, sorted by jittered length, packed into micro-batches, a
 takes the next M micro-batches; what does not fill a step is carried into the next window, and the last window of an
 epoch is re-split into whole steps. So an epoch holds each utterance exactly once and every rank has as many steps.
 
+Without `shuffle` it is a pass over held-out data. Of these there may be less than a step takes: empty micro-batches
+fill it up, where training refuses so small a corpus.
+
 Only one window is in memory, and a `Cursor` holds all that is needed to go on: restoring costs one window, however
 much was consumed. One million utterances: 1.3 s for all steps of an epoch, 16 MB (benchmarks/loader.py).
 Shape letters: S shards, P pieces of shards, U utterances of a window, N micro-batches of a window.
@@ -184,7 +187,7 @@ class Plan:
         self.corpus, self.cfg, self.seed, self.micro_batches_per_step = corpus, cfg, seed, micro_batches_per_step
         rows_S = np.array([len(corpus.index(shard)) for shard in range(len(corpus.shards))], dtype=np.int64)
         self.num_utterances = int(rows_S.sum())
-        if self.num_utterances < micro_batches_per_step:
+        if self.num_utterances < self._fewest:
             raise ValueError(self._too_few(self.num_utterances))
         # Equal windows, so that the last one of an epoch is never a stub; four steps at least, so that most of a window
         # is used and not carried.
@@ -253,6 +256,11 @@ class Plan:
             steps, micro_batches, utterances, seconds, 1 - seconds / padded, largest, refused, num_refused
         )
 
+    def amount(self, summary: PlanSummary) -> str:
+        """Say in words what an epoch holds."""
+        hours = summary.seconds / 3600
+        return f"{summary.utterances:,} utterances, {hours:.3g} h, padding {summary.padding_fraction:.1%}"
+
     def refused(self) -> Iterator[Refused]:
         """Yield every utterance outside the limits, in the order of the shards."""
         for shard, name in enumerate(self.corpus.shards):
@@ -281,11 +289,18 @@ class Plan:
             return f"{tokens} characters are above max_tokens ({cfg.max_tokens})"
         return f"{seconds:.2f} s cost {cfg.cost(seconds):.2f} s, above max_seconds ({cfg.max_seconds})"
 
+    @property
+    def _fewest(self) -> int:
+        """Utterances that an epoch must have: a step to train wants none of its micro-batches empty."""
+        return self.micro_batches_per_step if self.cfg.shuffle else 1
+
     def _too_few(self, found: int) -> str:
+        there = f"the corpus has {found} utterances within the limits ({self.num_utterances} in all)"
+        if not self.cfg.shuffle:
+            return f"{there}; widen the limits or leave it out"
         return (
-            f"the corpus has {found} utterances within the limits ({self.num_utterances} in all), and a step takes "
-            f"{self.micro_batches_per_step} micro-batches with at least one each; lower global_batch_seconds, add data "
-            "or widen the limits"
+            f"{there}, and a step takes {self.micro_batches_per_step} micro-batches with at least one each; lower "
+            "global_batch_seconds, add data or widen the limits"
         )
 
     def _random_words(self, count: int, *purpose: int) -> np.ndarray:
@@ -342,7 +357,7 @@ class Plan:
         if cfg.shuffle:
             slices_N2 = slices_N2[self._permutation(len(slices_N2), 1, at.epoch, at.window, 2)]
         if last:
-            if at.step == at.offset and len(seconds_U) < M:  # no window before this one gave a step
+            if at.step == at.offset and len(seconds_U) < self._fewest:  # no window before this one gave a step
                 raise ValueError(self._too_few(len(seconds_U)))
             head, tail = into_whole_steps(slices_N2, cost_U, step=M)
             if cfg.shuffle:

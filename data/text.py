@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .batches import BadUtterance
+from .batches import STAND_IN_KEY, BadUtterance, WithTexts
 from .payload import PayloadReader
-from .plan import MicroBatch, Plan, PlanConfig
+from .plan import MicroBatch, Plan, PlanConfig, PlanSummary
 
 _ROW = np.dtype(
     [
@@ -111,29 +111,35 @@ class TextPlan(Plan):
         )
         super().__init__(corpus, limits, seed=seed, micro_batches_per_step=micro_batches_per_step)
 
+    def amount(self, summary: PlanSummary) -> str:
+        return (
+            f"{summary.utterances:,} sentences, {summary.seconds:,.0f} characters, "
+            f"padding {summary.padding_fraction:.1%}"
+        )
+
     def _reason(self, seconds: float, tokens: int) -> str:
         return f"{tokens} characters are above max_tokens ({self.cfg.max_seconds})"
 
 
 @dataclass
-class TextBatch:
-    """Sentences of a micro-batch. `seconds` is 0: there is no audio in it."""
+class TextBatch(WithTexts):
+    """Sentences of a micro-batch. Its seconds are 0: there is no audio in it."""
 
     keys: list[str]
     texts: list[str]
     index: int
     epoch: int
     seconds: float = 0.0
+    padded_seconds: float = 0.0
     bad: list[BadUtterance] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
-    def padding(self) -> float:
-        """The fraction of the characters that is padding, as the plan counts it."""
-        padded = max(map(len, self.texts)) * len(self.texts)
-        return 1 - sum(map(len, self.texts)) / padded if padded else 0.0
+    def amount(self) -> str:
+        padding = 1 - self.characters / max(1, self.padded_characters)
+        return f"{len(self)} sentences, {self.characters:,} characters, padding {padding:.1%}"
 
     def to(self, device: torch.device | str) -> TextBatch:
         """Return the batch itself: strings live on no device."""
@@ -159,5 +165,5 @@ class TextDataset(Dataset):
             keys.append(key)
             texts.append(line.strip())
         if not texts:
-            keys, texts = [""], [""]
+            keys, texts = [STAND_IN_KEY], [""]
         return TextBatch(keys, texts, micro_batch.index, micro_batch.epoch, bad=bad)

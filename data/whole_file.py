@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_to_disk(path.parent)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -33,9 +33,9 @@ def write_json(path: Path, content: object) -> None:
         handle.write(json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this a power cut may keep the bytes and lose the new name.
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to disk: without the latter a power cut may lose a new name."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

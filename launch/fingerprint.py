@@ -1,11 +1,13 @@
 """One hash for what a step reads: an artifact, a prepared corpus, a file or a folder.
 
 An artifact is its manifest (which holds the hashes of its files) and a corpus is its indexes, so both cost
-milliseconds; a plain folder, such as a downloaded LLM, is its file names, sizes and times.
+milliseconds; a plain folder, such as a downloaded LLM, is its file names, sizes and times. The audio that a manifest
+names may lie anywhere: it is its sizes and times too, 16 s for a million files.
 """
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,36 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in indexes or sorted(path.rglob("*")):
         if file.is_file():
-            state = file.stat()
-            content = _of_file(file) if indexes else f"{state.st_size} {state.st_mtime_ns}"
+            content = _of_file(file) if indexes else _size_and_time(file)
             digest.update(f"{file.relative_to(path)} {content}\n".encode())
     return digest.hexdigest()
 
 
+def audio_fingerprint(source: str | Path) -> str:
+    """Return a hash of the audio that a manifest names, or the manifests in a folder; it changes when a file does."""
+    from ..data.sources import read_manifest  # here: `seedling --help` need not wait for numpy
+
+    source = Path(source)
+    digest = hashlib.sha256()
+    for manifest in sorted(source.glob("*.jsonl")) if source.is_dir() else [source]:
+        files = dict.fromkeys(str(utterance.audio) for utterance in read_manifest(manifest) if utterance.audio)
+        for file in files:  # once each, however many segments there are of it
+            digest.update(f"{file} {_size_and_time(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def _of_file(path: Path) -> str:
-    state = path.stat()
-    if state.st_size > HASHED_WHOLE_BYTES:
-        return hashlib.sha256(f"{state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    if path.stat().st_size > HASHED_WHOLE_BYTES:
+        return hashlib.sha256(_size_and_time(path).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _size_and_time(path: str | Path) -> str:
+    try:
+        state = os.stat(path)
+    except OSError:
+        return "absent"
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def paths_in(values: Any) -> Iterator[str]:

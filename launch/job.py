@@ -56,7 +56,7 @@ def owned_run_dir(loaded: Loaded) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `STAGE [--config F] [key=value ...]` and run this rank; return the exit code."""
-    parser = argparse.ArgumentParser(prog="seedling.launch.job", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="seedling.launch.job", description="Run one rank of one stage.")
     parser.add_argument("stage")
     parser.add_argument("--config")
     arguments, overrides = parser.parse_known_args(argv)

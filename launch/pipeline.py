@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .fingerprint import fingerprint, paths_in
+from .fingerprint import audio_fingerprint, fingerprint, paths_in
 from .pipeline_config import Pipeline, Step
 from .process import child_environment, run_child
 
@@ -93,6 +93,8 @@ def run_step(step: Step, *, run_dir: Path, forced: bool) -> Outcome:
 def digest(step: Step) -> str:
     """Hash all that decides what a step produces: the version, its config or options, and what those name on disk."""
     files = {path: fingerprint(path) for path in sorted(set(paths_in(step.reads)))}
+    if step.kind == "prepare":
+        files |= {f"audio of {path}": audio_fingerprint(path) for path in files}
     text = json.dumps([__version__, step.reads, files], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

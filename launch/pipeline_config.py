@@ -166,6 +166,7 @@ def _resolve(cfg: StepConfig, pipeline: PipelineConfig, *, file: Path, known: di
         out = ["--out", str(folder)] if writes else []
         reads = {"command": cfg.command, "arguments": arguments, "options": options}
         return Step(cfg.name, cfg.command, [cfg.command, *arguments, *out, *flags], folder if writes else None, reads)
+    assert cfg.stage is not None, "StepConfig has a stage or a command"
     overrides = {**{f"inputs.{key}": fill(value) for key, value in cfg.inputs.items()}, **options}
     texts = [f"{key}={yaml_argument(value)}" for key, value in overrides.items()]
     texts.insert(0, f"run_dir={yaml_argument(str(folder))}")

@@ -7,11 +7,12 @@ signalled directly and the launchers are left to notice that all of them have en
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from ..stages.runtime.rendezvous import RANK_VARIABLES, free_port
 
 JOB_MODULE = "seedling.launch.job"
 
@@ -21,16 +22,6 @@ class Ended(NamedTuple):
 
     code: int
     asked: bool
-
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port() -> int:
-    """Return a TCP port that was free a moment ago, so that two runs on one machine do not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def child_environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import configs
 from ..stages import STAGES
-from ..stages.runtime.config import ConfigError, Loaded, StageConfig, load_config, read_sources
+from ..stages.runtime.config import ConfigError, Loaded, StageConfig, TrainingStageConfig, load_config, read_sources
 
 PACKAGED = Path(configs.__file__).parent
 
@@ -33,8 +33,9 @@ def load_stage(name: str) -> type:
         raise ValueError(f"stage {name}: no module {error.name}; put its folder on PYTHONPATH") from error
     stage = getattr(module, class_name, None)
     schema = getattr(stage, "Config", None)
-    if not (isinstance(schema, type) and issubclass(schema, StageConfig)):
-        raise ValueError(f"stage {name}: {target} has no Config that extends StageConfig")
+    wanted = StageConfig if hasattr(stage, "run") else TrainingStageConfig
+    if not (isinstance(stage, type) and isinstance(schema, type) and issubclass(schema, wanted)):
+        raise ValueError(f"stage {name}: {target} has no Config that extends {wanted.__name__}")
     return stage
 
 

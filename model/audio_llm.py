@@ -32,7 +32,7 @@ from .converter import Converter, ConverterConfig
 from .ctc import CTCHead, CTCLoss, ctc_loss_sum
 from .decoding import DecodeConfig, Hypothesis, LLMScorer, decode
 from .features import Fbank, FeatureConfig
-from .llm import fresh_llm, has_lora, logits_at, merge_lora
+from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 from .speech_encoder import speech_encoder_facts
@@ -82,7 +82,7 @@ class AudioLLM(AssembledModel):
         self.specaugment = SpecAugment(SpecAugmentConfig(**config.specaugment_config))
         self.encoder = parts.get("encoder") or ConformerEncoder(ConformerConfig(**config.audio_config))
         self.llm = parts.get("llm") or fresh_llm(config.text_config)
-        encoder_dim, llm_dim = self.encoder.cfg.dim, self.llm.get_input_embeddings().embedding_dim
+        encoder_dim, llm_dim = self.encoder.cfg.dim, token_embeddings(self.llm).embedding_dim
         self.converter = parts.get("converter") or Converter(
             ConverterConfig(**config.converter_config), encoder_dim=encoder_dim, llm_dim=llm_dim
         )
@@ -90,7 +90,7 @@ class AudioLLM(AssembledModel):
         if self.ctc_head is None and config.ctc:
             self.ctc_head = CTCHead(encoder_dim)
         self.prompt_tokens = PromptTokens(**config.prompt_tokens)
-        self.processor: AudioLLMProcessor | None = None
+        self._processor: AudioLLMProcessor | None = None
         if config.acoustic_dtype == "float32":
             # Or loading would round them to the LLM's type, of which the config says `dtype`.
             self._keep_in_fp32_modules_strict = {"fbank", "encoder", "converter", "ctc_head"}
@@ -110,10 +110,11 @@ class AudioLLM(AssembledModel):
         ctc: bool = False,
     ) -> "AudioLLM":
         """Join trained or fresh parts. The modules are taken over as they are, not copied."""
-        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        table = token_embeddings(llm)
+        if len(tokenizer) > table.num_embeddings:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds "
-                f"{llm.get_input_embeddings().num_embeddings}: they are not from the same model folder"
+                f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds {table.num_embeddings}: "
+                "they are not from the same model folder"
             )
         fbank, prompts = fbank or Fbank(FeatureConfig()), prompts or PromptConfig()
         made: dict[str, Any] = {"fbank": fbank, "encoder": encoder, "llm": llm}
@@ -132,9 +133,20 @@ class AudioLLM(AssembledModel):
         )
         model = cls(config, parts=made)
         if "converter" not in made:
-            model.converter.match_scale(llm.get_input_embeddings().weight)
+            model.converter.match_scale(table.weight)
         model.processor = AudioLLMProcessor(tokenizer, sample_rate=fbank.cfg.sample_rate, prompts=prompts)
         return model
+
+    @property
+    def processor(self) -> AudioLLMProcessor:
+        """Tokenizer, sample rate and prompts; ValueError where the model was built from a bare config."""
+        if self._processor is None:
+            raise ValueError("this AudioLLM has no processor: use from_pretrained or assemble, or set model.processor")
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: AudioLLMProcessor) -> None:
+        self._processor = processor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +156,7 @@ class AudioLLM(AssembledModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.llm.get_output_embeddings()
 
     def train(self, mode: bool = True) -> "AudioLLM":
@@ -300,8 +312,8 @@ class AudioLLM(AssembledModel):
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
         generation = getattr(self.llm, "generation_config", None)
         (generation or GenerationConfig.from_model_config(self.llm.config)).save_pretrained(save_directory)
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
+        if self._processor is not None:
+            self._processor.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args, **kwargs) -> "AudioLLM":

@@ -101,6 +101,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # The module is handed back as if this class had never been: nothing else should see the detour.
+        assert module.__spec__ is not None, "a module that is being imported has one"
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         self.after()

@@ -88,6 +88,13 @@ def _model_folder(path: str | Path) -> Path:
     return folder
 
 
+def token_embeddings(llm: PreTrainedModel) -> nn.Embedding:
+    """Return the LM's table of token embeddings, as a module that looks ids up."""
+    table = llm.get_input_embeddings()
+    assert isinstance(table, nn.Embedding), f"{type(llm).__name__} looks tokens up in a {type(table).__name__}"
+    return table
+
+
 def head_is_plain(llm: PreTrainedModel) -> bool:
     """Whether logits are exactly output_embeddings(hidden), with nothing after it."""
     config = llm.config.get_text_config()
@@ -103,8 +110,9 @@ def logits_at(
     of instruction and speech that have no target.
     """
     if head_is_plain(llm):
-        out = llm.get_decoder()(inputs_embeds=embeddings_BTL, **forward)
-        return llm.get_output_embeddings()(out.last_hidden_state[rows_N, columns_N]), out.past_key_values
+        out, head = llm.get_decoder()(inputs_embeds=embeddings_BTL, **forward), llm.get_output_embeddings()
+        assert head is not None, f"{type(llm).__name__} is no causal LM: it has no head"
+        return head(out.last_hidden_state[rows_N, columns_N]), out.past_key_values
     # A soft cap or a scale follows the head: let the LM do it, over every column that any utterance needs.
     kept_K, place_N = columns_N.unique(return_inverse=True)
     out = llm(inputs_embeds=embeddings_BTL, logits_to_keep=kept_K, **forward)

@@ -50,7 +50,7 @@ class AudioLLMProcessor:
                     f"audio at {sampling_rate} Hz, the model takes {self.sample_rate} Hz: resample it, "
                     f"for example with soxr.resample(audio, {sampling_rate}, {self.sample_rate})"
                 )
-            inputs["waveforms"], inputs["lengths"] = pad_waveforms(audio)
+            inputs["waveforms"], inputs["lengths"] = _checked_and_padded(audio)
         if text is not None:
             inputs["transcripts_ids"] = self.transcript_ids([text] if isinstance(text, str) else text)
         if context is not None:
@@ -73,7 +73,9 @@ class AudioLLMProcessor:
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Return the text of one hypothesis."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str), "one list of ids gives one text"
+        return text.strip()
 
     def batch_decode(self, ids: Iterable[Sequence[int] | Tensor]) -> list[str]:
         """Return the texts of several hypotheses, or of the rows that `model.generate` gave."""
@@ -104,7 +106,7 @@ class AudioLLMProcessor:
         return cls(tokenizer, sample_rate=settings["sample_rate"], prompts=PromptConfig(**settings["prompts"]))
 
 
-def pad_waveforms(audio: np.ndarray | Tensor | Sequence[np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:
+def _checked_and_padded(audio: np.ndarray | Tensor | Sequence[np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:
     """Return waveforms_BN, float32 and zero past each utterance's end, and lengths_B in samples."""
     single = isinstance(audio, (np.ndarray, Tensor)) and audio.ndim == 1
     waveforms = [torch.as_tensor(waveform) for waveform in ([audio] if single else audio)]

@@ -46,9 +46,9 @@ class PromptTokens:
 
     @classmethod
     def of(cls, prompts: PromptConfig, *, tokenizer: PreTrainedTokenizerBase) -> "PromptTokens":
-        bos = tokenizer.bos_token_id
-        starts_with_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
-        start = [bos] if starts_with_bos else []
+        bos = special_id(tokenizer, "bos")
+        starts_with_bos = list(tokenizer("a").input_ids[:1]) == [bos]
+        start = [bos] if bos is not None and starts_with_bos else []
         return cls(
             instruction=start + tokenize(tokenizer, prompts.before + prompts.instruction),
             instruction_with_context=start + tokenize(tokenizer, prompts.before + prompts.instruction_with_context),
@@ -66,11 +66,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
 
+def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
+    """Id of a tokenizer's `bos`, `eos` or `pad` token; None where it has no such token."""
+    found = getattr(tokenizer, f"{name}_token_id")
+    assert found is None or isinstance(found, int), f"{name}_token_id is {found!r}"
+    return found
+
+
 def _end_id(prompts: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     if not prompts.end_token:
-        if tokenizer.eos_token_id is None:
+        eos = special_id(tokenizer, "eos")
+        if eos is None:
             raise ValueError("the tokenizer has no end token; name one of its tokens in prompts.end_token")
-        return tokenizer.eos_token_id
+        return eos
     end = tokenizer.get_vocab().get(prompts.end_token)
     if end is None:
         raise ValueError(f"prompts.end_token ({prompts.end_token!r}) is not a token of the tokenizer; name one that is")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .llm import logits_at
+from .llm import logits_at, token_embeddings
 from .prompt import PromptTokens, answer_targets, lay_out, place_speech
 
 
@@ -42,7 +42,7 @@ class RepetitionConfig:
 
 
 class PseudoSpeech:
-    """Draws pseudo speech from the random state of torch, so the trainer's seed per micro-batch fixes it."""
+    """Draws pseudo speech from the CPU's random state of torch, so the trainer's seed per micro-batch fixes it."""
 
     def __init__(self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor):
         self.cfg, self.ordinary_tokens = cfg, ordinary_tokens
@@ -78,6 +78,8 @@ class PseudoSpeech:
 class RepeatingLM(nn.Module):
     """A causal LM with the loss of plain sentences and prompted repetitions; the LM itself is `.llm`."""
 
+    llm: PreTrainedModel
+
     def __init__(
         self,
         llm: PreTrainedModel,
@@ -89,7 +91,7 @@ class RepeatingLM(nn.Module):
     ):
         super().__init__()
         self.llm, self.prompt_tokens, self.start, self.cfg = llm, prompt_tokens, start, cfg
-        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary))
+        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"))
 
     def forward(self, sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return nll_N of every token and end token, sentence by sentence, and heard_N: True within a repetition."""
@@ -103,7 +105,7 @@ class RepeatingLM(nn.Module):
 
     def losses(self, sentences: list[list[int]], repeats: list[bool]) -> tuple[Tensor, Tensor]:
         """Return nll_N and heard_N where sentence b is a prompted repetition if repeats[b], else a plain sentence."""
-        embeddings = self.llm.get_input_embeddings()
+        embeddings = token_embeddings(self.llm)
         device, width = embeddings.weight.device, embeddings.embedding_dim
         spoken = [
             self.pseudo_speech(sentence, embeddings) if repeat else embeddings.weight.new_zeros(0, width)

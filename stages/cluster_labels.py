@@ -46,6 +46,7 @@ from ..model.speech_encoder import SpeechEncoder, speech_encoder_facts
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import StageConfig
 from .runtime.kept_work import KeptWork
+from .runtime.train_config import RESUME_MODES, require_choice
 from .runtime.world import init_world
 
 SAMPLE = 1 << 32  # purpose of the random numbers that sample frames; k-means counts its own from 0
@@ -66,8 +67,12 @@ class ClusterLabelsConfig(StageConfig):
     tolerance: float = 1e-4  # k-means ends when the inertia falls by less than this part of itself; -1: never early
     batch_seconds: float = 120.0
     write_labels: bool = True  # False: only the labeler, for labels on the fly
+    num_workers: int = 0  # processes that read audio
+    max_bad_fraction: float = 0.01  # of the utterances, that may not be readable
+    resume: str = "auto"  # never: delete what an earlier run has kept
 
     def __post_init__(self):
+        require_choice("resume", self.resume, RESUME_MODES)
         if not 2 <= self.clusters <= MAX_CODES:
             raise ValueError(f"clusters is {self.clusters}; a code has two bytes, so choose 2 to {MAX_CODES}")
         if self.layer < 0:
@@ -97,7 +102,7 @@ class ClusterLabels:
         encoder = cut_encoder(whole, layer=layer).to(self.world.device).eval()
         what = {"encoder": f"{inputs['encoder'].hash}, layer {layer}", **what_decides_the_centroids(cfg)}
         kept = KeptWork.open(
-            Path(cfg.run_dir) / "checkpoints", begun_with=what, anew=cfg.train.resume == "never", world=self.world
+            Path(cfg.run_dir) / "checkpoints", begun_with=what, anew=cfg.resume == "never", world=self.world
         )
         fitted = self._fit(encoder, kept)
         labeler = FrameLabeler(encoder, fitted.centroids_KD).to(self.world.device)
@@ -179,7 +184,7 @@ class ClusterLabels:
         self, data: PlannedBatches, planned: list[MicroBatch]
     ) -> Iterator[tuple[AudioBatch, list[tuple[int, int]]]]:
         """Yield each batch that has anything usable, on the device, and the (shard, row) of every utterance in it."""
-        loader = make_loader(data, planned, num_workers=self.cfg.train.num_workers)
+        loader = make_loader(data, planned, num_workers=self.cfg.num_workers)
         for micro_batch, batch in zip(planned, loader):
             if utterances := usable(batch, micro_batch, data.dataset.corpus):
                 yield batch.to(self.world.device), utterances
@@ -209,10 +214,10 @@ class ClusterLabels:
             if self.world.is_main:
                 print(f"labelled {names[number]} ({number + 1} of {len(names)})", flush=True)
         bad = sum(self.world.gather(bad))
-        if bad > self.cfg.train.max_bad_fraction * corpus.num_utterances:
+        if bad > self.cfg.max_bad_fraction * corpus.num_utterances:
             raise ValueError(
-                f"{bad} of {corpus.num_utterances} utterances could not be labelled, more than train.max_bad_fraction="
-                f"{self.cfg.train.max_bad_fraction} (each is named in the log above); repair the data "
+                f"{bad} of {corpus.num_utterances} utterances could not be labelled, more than max_bad_fraction="
+                f"{self.cfg.max_bad_fraction} (each is named in the log above); repair the data "
                 "(`seedling check-data`) or raise the limit"
             )
         counts = count_codes(folder, [names[number] for number in mine], codes=self.cfg.clusters)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.audio_sets import AudioDataConfig
-from ..data.batches import PlannedBatches
+from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.frame_labels import FrameLabels
-from ..data.loader import STAND_IN_KEY, AudioBatch
+from ..data.loader import AudioBatch
 from ..data.plan import MicroBatch
 from ..model.codes import CodeUse, code_use, collapsed
 from ..model.conformer import ConformerConfig, ConformerEncoder
@@ -30,7 +30,7 @@ from ..model.masking import MaskConfig, draw_spans
 from ..model.random_quantizer import QuantizerConfig, RandomProjectionQuantizer
 from ..model.speech_encoder import SpeechEncoder, load_speech_encoder, require_same_bins, speech_encoder_facts
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.metrics import Histogram, Metrics, add_metrics
 from .runtime.seeds import micro_batch_seed, seed_forward
 from .runtime.stage import StepOutput
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class EncoderPretrainConfig(StageConfig):
+class EncoderPretrainConfig(TrainingStageConfig):
     data: AudioDataConfig = field(default_factory=AudioDataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     encoder: ConformerConfig = field(default_factory=ConformerConfig)
@@ -197,6 +197,8 @@ class EncoderPretrain:
         if self.labeler is not None:
             labels_BL, _ = self.labeler.to(batch.waveforms_BN.device)(batch.waveforms_BN, batch.lengths_B)
             return labels_BL[..., None]
+        if self.given is not None and self.sidecar is None:
+            return torch.zeros_like(batch.mask_BL, dtype=torch.int64)[..., None]  # only measured: any labels will do
         return None if batch.labels_BT is None else batch.labels_BT[..., None]
 
     def _metrics(self, out: MaskedPredictionOutput, count: int, *, prefix: str) -> Metrics:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..data.audio_sets import heldout
 from ..data.index import Corpus
-from ..data.loader import AudioBatch, AudioDataset, utterance_key
+from ..data.loader import AudioBatch, utterance_key
 from ..data.payload import PayloadReader
-from ..data.plan import PlanLimits
+from ..data.plan import MicroBatch, PlanLimits
 from ..data.scoring import ScoredUtterance, ScoreReport, score, write_report, write_score_folder
 from ..data.scoring.report import read_metrics
 from ..model.audio_llm import AudioLLM, acllm_facts
@@ -99,7 +100,7 @@ class Evaluate:
                     yield from self._decode_batch(cfg, model, planned.dataset, micro_batch, world)
 
     def _decode_batch(
-        self, cfg: EvaluateConfig, model: AudioLLM, dataset: AudioDataset, micro_batch, world: World
+        self, cfg: EvaluateConfig, model: AudioLLM, dataset: Dataset, micro_batch: MicroBatch, world: World
     ) -> Iterator[ScoredUtterance]:
         batch = dataset[micro_batch].to(world.device)
         if batch.bad:
@@ -136,7 +137,9 @@ class Evaluate:
         if summary["merged"]:
             writer.metrics[f"{summary['metric']}_sound_alikes_merged"] = summary["merged"]["fraction"]
         low, high = summary["interval"]["fraction"]
-        writer.metrics.update({f"{summary['metric']}_low": low, f"{summary['metric']}_high": high, "rtf": report.rtf})
+        writer.metrics.update({f"{summary['metric']}_low": low, f"{summary['metric']}_high": high})
+        if report.rtf is not None:
+            writer.metrics["rtf"] = report.rtf
 
 
 def _heard(audio: str, batch: AudioBatch) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.audio_sets import AudioDataConfig
-from ..data.batches import PlannedBatches
-from ..data.loader import STAND_IN_KEY, AudioBatch
+from ..data.batches import STAND_IN_KEY, PlannedBatches
+from ..data.loader import AudioBatch
 from ..data.scoring import count_errors, get_normalizer, tokenize
 from ..data.scoring.figure import Mark, svg_figure
 from ..model.ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode, text_bytes
 from ..model.speech_encoder import SpeechEncoder, speech_encoder_facts
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.stage import StepOutput
 from .runtime.train_config import TrainConfig, require_choice
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class LayerProbeConfig(StageConfig):
+class LayerProbeConfig(TrainingStageConfig):
     data: AudioDataConfig = field(default_factory=AudioDataConfig)
     layers: list[int] = field(default_factory=list)  # counted from 1; empty: all
     # The error that chooses the layer, on the set `choose_on` (empty: the first one); equal ones are told apart by the

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..data.batches import PlannedBatches
+from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
 from ..data.tokenizer import train_bpe
-from ..model.prompt import PromptConfig, PromptTokens, tokenize
+from ..model.prompt import PromptConfig, PromptTokens, special_id, tokenize
 from ..model.repetition import RepeatingLM, RepetitionConfig
 from .runtime.artifacts import ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.seeds import seed_forward
 from .runtime.stage import StepOutput
 
@@ -40,7 +40,7 @@ class SmallLMConfig:
 
 
 @dataclass(kw_only=True)
-class LMPretrainConfig(StageConfig):
+class LMPretrainConfig(TrainingStageConfig):
     text: list[str]  # UTF-8 files, one sentence a line
     valid_text: list[str] = field(default_factory=list)
     max_tokens: int = 2000  # padded characters of a micro-batch
@@ -56,10 +56,12 @@ class LMPretrain:
     produces = "llm"
     Config = LMPretrainConfig
 
-    def build(self, cfg: LMPretrainConfig, inputs: dict) -> nn.Module:
+    def build(self, cfg: LMPretrainConfig, inputs: dict) -> RepeatingLM:
         sentences = (line for path in TextCorpus.open(cfg.text).shards for line in _lines(path))
         prompts = [cfg.prompts.instruction, cfg.prompts.instruction_with_context]
         self.tokenizer = train_bpe([*prompts, *sentences], vocab_size=cfg.lm.vocab_size)
+        start = special_id(self.tokenizer, "bos")
+        assert start is not None, "train_bpe gives a start token"
         llm = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(self.tokenizer),
@@ -73,16 +75,16 @@ class LMPretrain:
                 # Rows of unit length. At the usual 0.02, which suits widths of thousands, repetition is learnt far
                 # later (docs/log.md).
                 initializer_range=cfg.lm.dim**-0.5,
-                pad_token_id=self.tokenizer.pad_token_id,
-                bos_token_id=self.tokenizer.bos_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=special_id(self.tokenizer, "pad"),
+                bos_token_id=start,
+                eos_token_id=special_id(self.tokenizer, "eos"),
             )
         )
         special = set(self.tokenizer.all_special_ids)
         return RepeatingLM(
             llm,
             prompt_tokens=PromptTokens.of(cfg.prompts, tokenizer=self.tokenizer),
-            start=self.tokenizer.bos_token_id,
+            start=start,
             ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
             cfg=cfg.repetition,
         )
@@ -117,10 +119,12 @@ class LMPretrain:
         return StepOutput(nll_N.sum(), metrics)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[TextBatch]) -> dict[str, tuple[float, float]]:
+    def evaluate(self, model: RepeatingLM, batches: Iterable[TextBatch]) -> dict[str, tuple[float, float]]:
         """Nats per token of plain sentences, and of the same sentences when they stand in the prompt."""
         sums = {"loss_sentences": [0.0, 0], "loss_repetitions": [0.0, 0]}
         for batch in batches:
+            if batch.keys == [STAND_IN_KEY]:
+                continue  # there is nothing in it, or nothing that could be read
             ids = self._tokenize(batch)
             with torch.random.fork_rng():
                 seed_forward(0, batch.index)  # the same pseudo speech each time and on any rank: values compare
@@ -133,7 +137,7 @@ class LMPretrain:
                 sums[name][1] += len(nll_N)
         return {name: tuple(pair) for name, pair in sums.items()}
 
-    def export(self, model: nn.Module, writer: ArtifactWriter) -> None:
+    def export(self, model: RepeatingLM, writer: ArtifactWriter) -> None:
         model.llm.save_pretrained(writer.path)
         self.tokenizer.save_pretrained(writer.path)
 

@@ -8,13 +8,14 @@ Starts from an LLM folder and a fresh or a pretrained encoder (`inputs.encoder`)
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.audio_sets import AudioDataConfig
-from ..data.batches import PlannedBatches
-from ..data.loader import STAND_IN_KEY, AudioBatch
+from ..data.batches import STAND_IN_KEY, PlannedBatches
+from ..data.loader import AudioBatch
 from ..data.scoring import count_errors, get_normalizer
 from ..data.scoring import tokenize as tokenize_text
 from ..model.audio_llm import AudioLLM, acllm_facts
@@ -36,7 +37,7 @@ from ..model.speech_encoder import (
     require_same_bins,
 )
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
-from .runtime.config import StageConfig
+from .runtime.config import TrainingStageConfig
 from .runtime.stage import StepOutput
 from .runtime.train_config import require_choice
 
@@ -44,7 +45,7 @@ LLM_TRAINING = ("frozen", "lora", "full")
 
 
 @dataclass(kw_only=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainingStageConfig):
     data: AudioDataConfig = field(default_factory=AudioDataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     specaugment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
@@ -136,15 +137,17 @@ class SFT:
         return "llm" if self.cfg.llm_training == "full" else None
 
     def batches(self, cfg: SFTConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:
-        limits = {
+        if split == "train":
+            return cfg.data.training(seed=cfg.seed, **self._limits(cfg))
+        return cfg.data.validation(**self._limits(cfg))
+
+    def _limits(self, cfg: SFTConfig) -> dict[str, Any]:
+        return {
             "micro_batch_seconds": cfg.train.micro_batch_seconds,
             "micro_batches": cfg.train.micro_batches,
             "sample_rate": self.sample_rate,
             "require_text": True,
         }
-        if split == "train":
-            return cfg.data.training(seed=cfg.seed, **limits)
-        return cfg.data.validation(**limits)
 
     def count(self, batch: AudioBatch) -> int:
         return sum(len(ids) + 1 for ids in self._tokenize(batch))
@@ -166,7 +169,7 @@ class SFT:
         sums = {"loss": [0.0, 0], "wer": [0.0, 0], "cer": [0.0, 0]}
         for batch in batches:
             if batch.keys == [STAND_IN_KEY]:
-                continue  # nothing in it could be read; the trainer has named it
+                continue  # there is nothing in it, or nothing that could be read
             out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
             nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig())
             texts = [

@@ -1,4 +1,4 @@
-"""Shared fixtures: where human speech lies, and one torch thread per test process."""
+"""What all tests share: where human speech lies, one torch thread per test process, no rank left behind."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES
+
 # Two test processes on two cores: more threads each would only make them wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Noted before any test: a fixture that outlives a file may train, and would be noted as if the shell had set it.
+RANK_AT_START = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rank_variables_restored():
+    """Training in this process makes it rank 0 of 1; the next file's tests must not inherit that."""
+    yield
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(RANK_AT_START)
 
 
 @pytest.fixture(scope="session")

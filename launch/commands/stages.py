@@ -3,12 +3,14 @@
 import argparse
 from typing import Any
 
+SHOWN = 5  # bad utterances of a micro-batch
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add the parsers of this family."""
     for name, action, text in (
         ("show", show, "print the resolved config, each value with where it was set"),
-        ("check", check, "build on meta, check inputs, plan and batches; train nothing"),
+        ("check", check, "build on meta, check inputs, shapes, plan and batches; train nothing"),
         ("run", run, "run a stage to its artifact, going on from the last checkpoint"),
     ):
         parser = commands.add_parser(name, help=text, description=text)
@@ -51,7 +53,7 @@ def run_on(stage: str, config: str | None, *, overrides: list[str], nproc: int) 
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Print what a run would do: its inputs, parameters by group, steps and padding; read the dearest micro-batch."""
+    """Print what a run would do: inputs, parameters by group, shapes, data; read the dearest micro-batches."""
     from ...stages.runtime.artifacts import load_inputs
     from ..stage_lookup import load_stage_config
 
@@ -64,12 +66,13 @@ def check(arguments: argparse.Namespace) -> None:
     if hasattr(stage, "run"):
         print("no training in this stage: nothing more to check")
         return
-    check_model(stage, cfg, inputs)
-    check_plan(stage, cfg)
+    model = check_model(stage, cfg, inputs)
+    check_shapes(stage, model, check_plan(stage, cfg))
+    check_validation(stage, cfg)
 
 
-def check_model(stage: Any, cfg: Any, inputs: dict) -> None:
-    """Build the model without memory for its weights and print its parameters by group."""
+def check_model(stage: Any, cfg: Any, inputs: dict) -> Any:
+    """Build the model without memory for its weights, print its parameters by group, and return it."""
     import torch
 
     from ...stages.runtime.parameters import format_table, freeze_others, optimizer_groups, parameter_table
@@ -79,28 +82,63 @@ def check_model(stage: Any, cfg: Any, inputs: dict) -> None:
     groups = freeze_others(model, stage.trainable)
     optimizer_groups(groups, cfg.train)
     print(format_table(parameter_table(model, groups, cfg.train.lr)))
+    return model
 
 
-def check_plan(stage: Any, cfg: Any) -> None:
-    """Plan the first epoch, read its dearest micro-batch, and print both."""
+def check_plan(stage: Any, cfg: Any) -> Any:
+    """Plan the first epoch, read its dearest micro-batch, print both, and return the latter."""
     planned = stage.batches(cfg, "train")
-    summary = planned.plan.summary(0)
-    print(f"an epoch: {summary.steps:,} steps, {summary.micro_batches:,} micro-batches")
-    print(
-        f"  of {summary.utterances:,} utterances, {summary.seconds / 3600:.2f} h, "
-        f"padding {100 * summary.padding_fraction:.1f} %"
-    )
-    if summary.num_refused:
-        first = summary.refused[0]
-        print(f"refused by the limits: {summary.num_refused:,} utterances, the first {first.key}: {first.reason}")
-    batch = planned.dataset[summary.largest]
-    print(
-        f"dearest micro-batch: {len(batch)} utterances, {batch.seconds:.1f} s, padding {100 * batch.padding:.1f} %, "
-        f"normaliser {stage.count(batch):,}, {len(batch.bad)} bad"
-    )
+    summary, batch = check_set("an epoch", planned, stage)
     train = cfg.train
     steps = train.max_steps or summary.steps * train.epochs
     length = f"{steps:,} steps, {steps / summary.steps:.1f} epochs" if train.max_steps else f"{train.epochs} epochs"
     M = train.micro_batches
     shares = ", ".join(str(R) for R in range(1, M + 1) if M % R == 0)
     print(f"the run: {length}; {M} micro-batches a step, to be shared by {shares} processes")
+    return batch
+
+
+def check_validation(stage: Any, cfg: Any) -> None:
+    """Open every validation set, read its dearest micro-batch, and print both."""
+    from ...stages.runtime.stage import validation_sets
+
+    sets = validation_sets(stage, cfg)
+    for name, planned in sets.items():
+        check_set(f"validation set {name}", planned, stage)
+    if not sets:
+        print("no validation set: the run will say nothing of how well it does on other data")
+
+
+def check_set(title: str, planned: Any, stage: Any) -> tuple[Any, Any]:
+    """Print what a pass over planned batches holds and its dearest micro-batch; return its summary and that batch."""
+    summary = planned.plan.summary(0)
+    print(f"{title}: {summary.steps:,} steps, {summary.micro_batches:,} micro-batches")
+    print(f"  of {planned.plan.amount(summary)}")
+    if summary.num_refused:
+        first = summary.refused[0]
+        print(f"  refused by the limits: {summary.num_refused:,}, the first {first.key}: {first.reason}")
+    batch = planned.dataset[summary.largest]
+    print(f"  dearest micro-batch: {batch.amount}, normaliser {stage.count(batch):,}, {len(batch.bad)} bad")
+    for bad in batch.bad[:SHOWN]:
+        print(f"    {bad}")
+    return summary, batch
+
+
+def check_shapes(stage: Any, model: Any, batch: Any) -> None:
+    """Take the loss of a batch with weights that have a shape and no values; a shape that does not fit raises."""
+    from torch._subclasses import FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    )
+
+    # Only what meets a weight loses its values: lengths and token ids stay what they are.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+    try:
+        stage.loss(model, batch)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        print(f"shapes: all fit as far as {error.func}, which needs values")
+    else:
+        print("shapes: all fit, from the dearest micro-batch to the loss")

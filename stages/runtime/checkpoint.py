@@ -36,6 +36,7 @@ class TrainState:
     nonfinite_steps: int = 0
     data_fingerprint: str = ""
     frozen_digests: list[str] = field(default_factory=list)
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of what was trained, and of buffers
     config: dict = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
@@ -110,8 +111,11 @@ def load_state(checkpoint: Path) -> TrainState:
 def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> list[str]:
     """Raise ValueError where going on would not be the same run; return the settings that changed, which is allowed.
 
-    `now` describes this run: data fingerprint, frozen digests, world size, ZeRO stage and config.
+    `now` describes this run: data fingerprint, frozen digests, shapes, world size, ZeRO stage and config.
     """
+    changes = changed_keys(state.config, now.config)
+    # What is under `train` shapes no model.
+    why = "; ".join(change for change in changes if not change.startswith("train.")) or "an input or the build changed"
     away = "start it in another run_dir, or with train.resume=never (which deletes the old checkpoints)"
     if state.data_fingerprint != now.data_fingerprint:
         raise ValueError(
@@ -130,12 +134,28 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
             f"this run has {now.world_size}; start {state.world_size} processes, or {away}. "
             "Stage 0 resumes on any number"
         )
+    if problem := misfit(state.shapes, now.shapes):
+        raise ValueError(f"{checkpoint}: {problem} ({why}); set that back, or {away}")
     if state.world_size == now.world_size and state.frozen_digests != now.frozen_digests:
         raise ValueError(
-            f"{checkpoint}: the frozen weights are not those that the run started with (an input artifact or the "
-            f"build changed); restore the input, or {away}"
+            f"{checkpoint}: the frozen weights are not those that the run started with ({why}); "
+            f"set that back, or {away}"
         )
-    return changed_keys(state.config, now.config)
+    return changes
+
+
+def misfit(saved: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:
+    """Return the first parameter or buffer that a checkpoint has otherwise than this run; None where all fit."""
+    if not saved:
+        return None  # written before checkpoints said
+    for name in [*now, *saved]:
+        if name not in saved:
+            return f"it has no {name}, which this run trains"
+        if name not in now:
+            return f"it holds {name}, which this run does not train"
+        if saved[name] != now[name]:
+            return f"{name} has shape {saved[name]} in it and {now[name]} in this run"
+    return None
 
 
 def changed_keys(old: dict, new: dict, *, path: str = "") -> list[str]:

@@ -34,6 +34,12 @@ class StageConfig:
     run_dir: str  # checkpoints/, artifact/ and logs of this run
     inputs: dict[str, str] = field(default_factory=dict)  # name in the stage's `consumes` -> artifact folder
     seed: int = 1
+
+
+@dataclass(kw_only=True)
+class TrainingStageConfig(StageConfig):
+    """What every stage with gradients has. A stage that computes has no `train`, where nothing would take effect."""
+
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -49,6 +55,9 @@ class Source(NamedTuple):
 
     def where(self, key: str, value: Any) -> str:
         """Name a value the way its user wrote it: `a.yaml: train.lr = 1` or `override train.lr=1`."""
+        while self.name == "override" and isinstance(value, dict) and len(value) == 1:
+            ((inner, value),) = value.items()
+            key = f"{key}.{inner}"
         shown = "null" if value is None else str(value)
         return f"override {key}={shown}" if self.name == "override" else f"{self.name}: {key} = {shown}"
 
@@ -128,17 +137,25 @@ def parse_override(text: str) -> Source:
     if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
         raise ConfigError(f"override {text}: expected key.sub=value")
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
+        parsed = _plain(OmegaConf.from_dotlist([f"value={value}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {text}: the value is not valid YAML: {_one_line(error)}") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
+    assert isinstance(parsed, dict), "a key has at least one part"
     return Source("override", parsed)
+
+
+def _plain(tree: DictConfig) -> dict[str, Any]:
+    """Return a tree's plain values, references `${...}` as they were typed."""
+    values = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def merge(schema: type[C], sources: Sequence[Source]) -> Loaded[C]:
     """Merge sources, later ones winning, into an instance of `schema`; the checks and messages of `load_config`."""
-    tree = OmegaConf.structured(schema)
+    tree: DictConfig = OmegaConf.structured(schema)
     origins: dict[str, str] = {}
     for source in sources:
         for key, value, problem in walk(schema, source.values):
@@ -150,10 +167,12 @@ def merge(schema: type[C], sources: Sequence[Source]) -> Loaded[C]:
                 del origins[known]
             origins[key] = source.name
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.create(source.values))
+            merged = OmegaConf.merge(tree, OmegaConf.create(source.values))
         except OmegaConfBaseException as error:
             key = str(error.full_key or next(iter(source.values), ""))
             raise _wrong_type(schema, source, key, _value_at(source.values, key)) from error
+        assert isinstance(merged, DictConfig)
+        tree = merged
     names = ", ".join(dict.fromkeys(source.name for source in sources)) or "defaults"
     config = _to_object(schema, tree, names)
     values = OmegaConf.to_container(tree, resolve=True, enum_to_str=True)
@@ -163,7 +182,7 @@ def merge(schema: type[C], sources: Sequence[Source]) -> Loaded[C]:
 def _to_object(schema: type[C], tree: DictConfig, names: str) -> C:
     """Build the dataclasses; a missing value, a broken reference or a `__post_init__` that refuses is a ConfigError."""
     try:
-        return OmegaConf.to_object(tree)
+        config = OmegaConf.to_object(tree)
     except MissingMandatoryValue as error:
         key = _required_leaf(schema, str(error.full_key))
         wanted = type_name(hint_at(schema, key))
@@ -176,6 +195,8 @@ def _to_object(schema: type[C], tree: DictConfig, names: str) -> C:
     except ValueError as error:
         section = _refusing_section(schema, tree)
         raise ConfigError(f"{names}: {f'section {section}: ' if section else ''}{_one_line(error)}") from error
+    assert isinstance(config, schema)
+    return config
 
 
 def _required_leaf(schema: type, key: str) -> str:

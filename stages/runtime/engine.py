@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .ds_config import deepspeed_config
 from .metrics import Metrics, add_metrics
+from .optimizer import make_optimizer
 from .parameters import digest, freeze_others, numel, optimizer_groups
 from .seeds import seed_forward
 from .stage import TrainingStage
@@ -61,6 +62,7 @@ class StageLoss(nn.Module):
         self.stage = stage
         self.bf16 = bf16
         self.metrics: Metrics = {}
+        self.register_state_dict_post_hook(_leave_out_frozen)
 
     def autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -73,6 +75,13 @@ class StageLoss(nn.Module):
         return output.loss_sum.float()
 
 
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    """Take frozen parameters out of a state dict by all their names: DeepSpeed does not see that of a tied head."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
 class Engine:
     """A model under DeepSpeed; the learning rate is the caller's to set before each step."""
 
@@ -83,9 +92,7 @@ class Engine:
         self.groups = freeze_others(model, stage.trainable)
         self.frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.trainable = [p for ps in self.groups.values() for p in ps]
-        # fused: one call for all tensors; the loop over tensors costs more than a small model's forward pass.
-        groups = optimizer_groups(self.groups, cfg)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+        optimizer = make_optimizer(model, optimizer_groups(self.groups, cfg), cfg)
         config = deepspeed_config(
             cfg,
             accumulation_steps=cfg.accumulation_steps(world.size),
@@ -208,7 +215,8 @@ class Engine:
     def optimizer_numel(self) -> int:
         """Elements of first moments that the optimizer keeps on this rank: trainable parameters only, plus padding."""
         optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
-        return sum(s["exp_avg"].numel() for s in optimizer.state.values() if "exp_avg" in s)
+        moments = ("exp_avg", "momentum")  # AdamW's and Muon's
+        return sum(s[name].numel() for s in optimizer.state.values() for name in moments if name in s)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -228,10 +236,16 @@ class Engine:
             with self.evaluating() as model:
                 yield model
 
+    def saved_shapes(self) -> dict[str, list[int]]:
+        """Return {name: shape} of what a checkpoint holds of the model: what learns, and buffers."""
+        state = self.module.state_dict(keep_vars=True)
+        return {name.removeprefix("model."): list(getattr(t, "ds_shape", t.shape)) for name, t in state.items()}
+
     def save(self, folder: str, tag: str) -> None:
         """Write weights and optimizer shards; frozen weights are left out, the stage builds them again."""
         self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str, tag: str) -> None:
+        """Read what `save` wrote. Not strict: frozen weights are not in it, and check_resumable compared the rest."""
         path, _ = self.ds.load_checkpoint(folder, tag=tag, load_module_strict=False)
         assert path is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ...data.batches import make_loader
-from .stage import PlannedBatches
+from ...data.batches import PlannedBatches, make_loader
 from .world import World
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
+
+from ...data.whole_file import sync_to_disk
 
 CHUNK_BYTES = 1 << 22
 
@@ -47,18 +48,13 @@ def write_synced(path: Path, text: str) -> None:
     """Write a text file and force it to disk."""
     with path.open("w", encoding="utf-8") as f:
         f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    sync_to_disk(path)
 
 
 def sync_tree(folder: Path) -> None:
     """Force all files below `folder`, and the folders themselves, to disk."""
     for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_to_disk(path)
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -68,13 +64,5 @@ def publish(staging: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     staging.rename(target)
-    sync_folder(target.parent)
+    sync_to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,7 +41,7 @@ class KeptWork:
             if there.get(name) != here:
                 raise ValueError(
                     f"{folder}: begun with {name} {there.get(name)}, which is now {here}; go on in another run_dir, or "
-                    "start anew with train.resume=never (which deletes what is there)"
+                    "start anew with resume=never (which deletes what is there)"
                 )
         world.barrier()
         if world.is_main:

@@ -91,8 +91,7 @@ class RunLog:
         if self.wandb:
             self.wandb.log({"global_step": step, **values})
         if "train/loss" in values:
-            speed = values["train/audio_hours_per_s"] * 3600
-            state = f"loss {values['train/loss']:.4g}, {speed:.0f} s audio/s"
+            state = f"loss {values['train/loss']:.4g}, {speed(values)}"
             self.bar.set_postfix_str(state)
             if self.bar.disable:
                 self.say(f"step {step}/{self.total_steps}, {state}, {self.time_left(step)} left")
@@ -109,6 +108,13 @@ class RunLog:
             self.ledger_file.file.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def speed(values: dict[str, float]) -> str:
+    """Say how fast a run is: in audio, or in tokens where there is none."""
+    if "train/audio_hours_per_s" in values:
+        return f"{values['train/audio_hours_per_s'] * 3600:.0f} s audio/s"
+    return f"{values['train/tokens_per_s']:.0f} tokens/s"
 
 
 def start_wandb(run_dir: Path, cfg: WandbConfig, config: dict) -> Any:

@@ -26,6 +26,7 @@ class Meters:
     def reset(self) -> None:
         self.start = time.perf_counter()
         self.waiting = self.count = self.seconds = self.padded_seconds = 0.0
+        self.characters = self.padded_characters = 0.0
         self.sums: Metrics = {}
         self.grad_norm = 0.0
 
@@ -40,9 +41,11 @@ class Meters:
             yield item
 
     def add(self, result: StepResult, agreed: Any) -> None:
-        """Count one step. A step that was dropped counts as time and audio, not in the loss."""
+        """Count one step. A step that was dropped counts as time, audio and text, not in the loss."""
         self.seconds += agreed.seconds
         self.padded_seconds += agreed.padded_seconds
+        self.characters += agreed.characters
+        self.padded_characters += agreed.padded_characters
         self.count += agreed.count
         if result.applied:
             # The global count is known already: rank 0 alone brings it, so that the sum over ranks is right.
@@ -51,18 +54,24 @@ class Meters:
             self.grad_norm = result.grad_norm
 
     def read(self) -> dict[str, float]:
-        """Return train/* and what has a prefix of its own since the last reading, over all ranks, and start anew."""
+        """Return train/* and what has a prefix of its own since the last reading, over all ranks, and start anew.
+
+        What has no audio speaks of none.
+        """
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         values = mean_metrics(self.sums, world=self.world)
         metrics = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         metrics |= {
             "train/grad_norm": self.grad_norm,
             "train/tokens_per_s": self.count / elapsed,
-            "train/audio_hours_per_s": self.seconds / 3600 / elapsed,
-            "train/padding_frac_audio": 1 - self.seconds / self.padded_seconds if self.padded_seconds else 0.0,
             "train/data_wait_frac": min(1.0, self.waiting / elapsed),
             "train/mem_peak_gb": peak_memory_gb(),
         }
+        if self.padded_seconds:
+            metrics["train/audio_hours_per_s"] = self.seconds / 3600 / elapsed
+            metrics["train/padding_frac_audio"] = 1 - self.seconds / self.padded_seconds
+        if self.padded_characters:
+            metrics["train/padding_frac_text"] = 1 - self.characters / self.padded_characters
         self.reset()
         return metrics
 

@@ -148,11 +148,11 @@ def advice(schema: type, path: str) -> str:
     if elsewhere:
         return f"nearest valid key: {elsewhere[0]}"
     section = section_of(hint_at(schema, parent)) if parent else schema
-    neighbours = list(keys_of(section)) if section is not None else []
+    neighbours = keys_of(section) if section is not None else {}
     prefix = f"{parent}." if parent else ""
     for key in neighbours:
         # lr_encoder where lr is a mapping: the name belongs behind a dot.
-        if name.startswith(f"{key}_") and container_of(keys_of(section)[key])[0] is dict:
+        if name.startswith(f"{key}_") and container_of(neighbours[key])[0] is dict:
             return f"nearest valid key: {prefix}{key}.{name.removeprefix(f'{key}_')}"
     near = difflib.get_close_matches(name, neighbours, n=1, cutoff=0.6)
     if near:

@@ -5,11 +5,12 @@ A stage is an instance that the runtime drives: `build` comes first, so a stage 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ...data.batches import PlannedBatches
 from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .metrics import Metrics
 
@@ -26,7 +27,11 @@ class StepOutput(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the runtime reads of a batch. `index` is the micro-batch's running number: it seeds the forward pass."""
+    """What the runtime reads of a batch. `index` is the micro-batch's running number: it seeds the forward pass.
+
+    Seconds are of audio, characters of text, each with and without padding; 0 where a batch has none. `amount` says in
+    words what is in it.
+    """
 
     index: int
     epoch: int
@@ -35,31 +40,15 @@ class Batch(Protocol):
     @property
     def seconds(self) -> float: ...
     @property
-    def padding(self) -> float: ...
+    def padded_seconds(self) -> float: ...
+    @property
+    def characters(self) -> int: ...
+    @property
+    def padded_characters(self) -> int: ...
+    @property
+    def amount(self) -> str: ...
     def to(self, device: Any) -> Batch: ...
     def __len__(self) -> int: ...
-
-
-class Plan(Protocol):
-    """Planned steps of M micro-batches each, a pure function of the data, the seed and the limits."""
-
-    fingerprint: str
-
-    def steps(self, cursor: Any = None, epochs: int | None = None) -> Iterator[Any]: ...
-    def summary(self, epoch: int = 0) -> Any: ...
-
-
-class PlannedBatches(Protocol):
-    """A plan and the map-style dataset that turns one of its micro-batches into a batch.
-
-    `fingerprint` covers the plan and the targets, where these are not in the data.
-    """
-
-    plan: Plan
-    dataset: Any
-
-    @property
-    def fingerprint(self) -> str: ...
 
 
 class TrainingStage(Protocol):
@@ -81,6 +70,12 @@ class TrainingStage(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> StepOutput: ...
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> Metrics: ...
     def export(self, model: nn.Module, writer: ArtifactWriter) -> None: ...
+
+
+def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:
+    """Return a stage's validation sets by name; one without a name is "dev"."""
+    valid = stage.batches(cfg, "valid")
+    return valid if isinstance(valid, dict) else {"dev": valid} if valid else {}
 
 
 class RunStage(Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 
 ZERO_STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 RESUME_MODES = ("auto", "never")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -47,6 +48,7 @@ class TrainConfig:
     global_batch_seconds: float = 60.0
     zero_stage: int = 0
     precision: str = "fp32"
+    optimizer: str = "adamw"  # or muon: fewer steps to the same loss; stages/runtime/optimizer.py
     lr: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
     schedule: str = "cosine"
@@ -70,6 +72,7 @@ class TrainConfig:
     def __post_init__(self):
         require_choice("train.zero_stage", self.zero_stage, ZERO_STAGES)
         require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("train.schedule", self.schedule, SCHEDULES)
         require_choice("train.resume", self.resume, RESUME_MODES)
         for name in ("micro_batch_seconds", "global_batch_seconds", "log_every", "keep_last"):
@@ -79,6 +82,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.global_batch_seconds ({self.global_batch_seconds}) is less than train.micro_batch_seconds "
                 f"({self.micro_batch_seconds}); lower the latter to at most the former"
+            )
+
+        if self.optimizer == "muon" and self.effective_zero_stage:
+            raise ValueError(
+                f"train.optimizer is muon, which needs whole matrices; ZeRO {self.effective_zero_stage} cuts them up "
+                "(bf16 runs at 1 or more); set train.zero_stage=0 and train.precision=fp32, or train.optimizer=adamw"
             )
 
     @property

@@ -37,7 +37,7 @@ from .meters import Meters, mean_metrics, peak_memory_gb
 from .parameters import format_table, numel, parameter_table
 from .schedule import lr_factor
 from .signals import Interrupted, StopRequest
-from .stage import RunStage, TrainingStage
+from .stage import RunStage, TrainingStage, validation_sets
 from .world import World, init_world
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class Agreed(NamedTuple):
     count: float
     seconds: float
     padded_seconds: float
+    characters: float
+    padded_characters: float
     utterances: float
     bad: float
     stop: float
@@ -64,14 +66,14 @@ class Trainer:
         self.inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)
         model = stage.build(cfg, self.inputs)
         self.data = stage.batches(cfg, "train")
-        valid = stage.batches(cfg, "valid")
-        self.valid = valid if isinstance(valid, dict) else {"dev": valid} if valid else {}
+        self.valid = validation_sets(stage, cfg)
         self.summary = self.data.plan.summary(0)
         self.total_steps = self._total_steps()
         self.engine = Engine(stage, model, self.train, world=world, seed=cfg.seed)
         self.state = TrainState(
             data_fingerprint=self.data.fingerprint,
             frozen_digests=world.gather(self.engine.frozen_digest()),
+            shapes=self.engine.saved_shapes(),
             config=asdict(cfg),
             world_size=world.size,
             zero_stage=self.engine.zero_stage,
@@ -120,7 +122,9 @@ class Trainer:
         mine = Agreed(
             count=sum(self.stage.count(batch) for batch in fed.batches),
             seconds=sum(batch.seconds for batch in fed.batches),
-            padded_seconds=sum(batch.seconds / (1 - batch.padding) for batch in fed.batches),
+            padded_seconds=sum(batch.padded_seconds for batch in fed.batches),
+            characters=sum(batch.characters for batch in fed.batches),
+            padded_characters=sum(batch.padded_characters for batch in fed.batches),
             utterances=sum(len(batch) for batch in fed.batches),
             bad=sum(len(batch.bad) for batch in fed.batches),
             stop=self.stop.requested,
@@ -224,7 +228,7 @@ class Trainer:
         state = load_state(checkpoint)
         changes = check_resumable(state, self.state, checkpoint=checkpoint)
         self.engine.load(str(checkpoint), SHARDS)
-        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "config", "world_size")}
+        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "shapes", "config", "world_size")}
         self.state = replace(state, **kept)
         if self.world.is_main:
             at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()
@@ -253,8 +257,8 @@ class Trainer:
         plan, M = self.summary, self.train.micro_batches
         self.log.say(format_table(parameter_table(self.engine.model, self.engine.groups, self.train.lr)))
         self.log.say(
-            f"data: {plan.utterances} utterances, {plan.seconds / 3600:.3g} h, {plan.steps} steps an epoch of {M} "
-            f"micro-batches, padding {plan.padding_fraction:.1%}, refused {plan.num_refused}; {self.total_steps} steps "
+            f"data: {self.data.plan.amount(plan)}, {plan.steps} steps an epoch of {M} micro-batches, "
+            f"refused {plan.num_refused}; {self.total_steps} steps "
             f"on {self.world.size} x {self.world.device.type}, {self.train.precision}, ZeRO {self.engine.zero_stage}"
         )
         if self.engine.zero_stage != self.train.zero_stage:
@@ -269,7 +273,7 @@ class Trainer:
         batch = self.data.dataset[self.summary.largest].to(self.world.device)
         took = self.engine.dry_run(batch)
         self.log.say(
-            f"dry run of the largest micro-batch: {len(batch)} utterances, {batch.seconds:.1f} s of audio, "
+            f"dry run of the largest micro-batch: {batch.amount}, "
             f"took {took:.2f} s, peak memory {peak_memory_gb():.2f} GB"
         )
 

@@ -34,7 +34,7 @@ def test_sentences_are_lower_case_words_of_the_promised_number(sentences):
 
 
 def test_vocabulary_is_several_hundred_words(sentences):
-    assert 700 < len({word for sentence in sentences for word in sentence.text.split()}) < 1000
+    assert 500 < len({word for sentence in sentences for word in sentence.text.split()}) < 700
 
 
 def test_a_third_of_the_sentences_has_a_name_and_half_of_these_one_that_sounds_like_another(sentences):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from seedling.data.augment import AugmentConfig
-from seedling.data.batches import BadUtterance, PlannedBatches, make_loader
+from seedling.data.batches import STAND_IN_KEY, BadUtterance, PlannedBatches, make_loader
 from seedling.data.index import Corpus
-from seedling.data.loader import STAND_IN_KEY, AudioDataset
+from seedling.data.loader import AudioDataset
 from seedling.data.payload import PayloadReader
 from seedling.data.plan import MicroBatch, Plan, PlanConfig
 from seedling.data.shards import open_shard
@@ -83,7 +83,10 @@ def test_a_batch_holds_the_utterances_of_its_micro_batch_zero_padded(shards_dir)
         assert np.abs(row[: len(waveform)] - waveform).max() <= 0.5 / 32768
         assert not row[len(waveform) :].any()
     assert batch.seconds == pytest.approx(sum(map(len, expected)) / 16000)
-    assert batch.padding == pytest.approx(1 - sum(map(len, expected)) / (3 * max(map(len, expected))))
+    assert batch.seconds == pytest.approx(sum(map(len, expected)) / 16000)
+    assert batch.padded_seconds == pytest.approx(3 * max(map(len, expected)) / 16000)
+    assert batch.characters == sum(map(len, batch.texts))
+    assert batch.padded_characters == 3 * max(map(len, batch.texts))
     moved = batch.to("meta")
     assert moved.waveforms_BN.device.type == moved.lengths_B.device.type == "meta"
     assert moved.keys == batch.keys
@@ -213,7 +216,8 @@ def test_a_second_of_silence_stands_in_where_nothing_is_usable(own_shards):
     for batch in (AudioDataset(corpus)[micro_batch((0, 2), index=9)], AudioDataset(corpus)[micro_batch(index=9)]):
         assert (batch.keys, batch.texts, batch.meta) == ([STAND_IN_KEY], [""], [{}])
         assert batch.waveforms_BN.shape == (1, 16000) and not batch.waveforms_BN.any()
-        assert (batch.seconds, batch.padding, batch.index) == (1.0, 0.0, 9)
+        assert (batch.seconds, batch.padded_seconds, batch.index) == (1.0, 1.0, 9)
+        assert (batch.characters, batch.padded_characters) == (0, 0)
 
 
 def test_unreadable_noise_is_named_with_its_own_shard(own_shards, shards_dir):

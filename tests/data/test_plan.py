@@ -258,6 +258,20 @@ def test_stretch_leaves_room_for_slowed_speech():
     assert max(sizes) == 2, "three utterances of 10 s are 33.3 s when slowed to 0.9"
 
 
+def test_held_out_data_may_be_too_few_for_a_step_and_are_read_whole_in_order():
+    plan = small_plan(corpus_of([3.0, 1.0, 2.0]), micro_batches_per_step=8, shuffle=False)
+    (step,) = plan.steps(epochs=1)
+    assert len(step.micro_batches) == 8
+    assert sorted(utterances_of([step])) == [(0, 0), (0, 1), (0, 2)]
+    shares = [step.share(rank, world_size=4) for rank in range(4)]
+    assert [len(share) for share in shares] == [2] * 4
+    summary = plan.summary()
+    assert (summary.steps, summary.utterances, summary.seconds, summary.num_refused) == (1, 3, 6.0, 0)
+    assert summary.largest.utterances == ((0, 0),)
+    with pytest.raises(ValueError, match=r"0 utterances within the limits \(3 in all\); widen"):
+        small_plan(corpus_of([3.0, 1.0, 2.0]), shuffle=False, min_seconds=5.0).summary()
+
+
 def test_too_few_utterances_for_a_step_are_an_error_that_names_both_numbers():
     with pytest.raises(ValueError, match=r"3 utterances.*4 micro-batches.*lower global_batch_seconds"):
         small_plan(corpus_of([3.0] * 3))

@@ -65,7 +65,8 @@ def test_a_batch_is_as_the_runtime_expects_it(tmp_path):
     batch = TextDataset(corpus)[MicroBatch(7, 3, ((0, 0), (0, 1)))]
     assert (batch.texts, batch.keys) == (["a bb", "ccc"], ["line 1", "line 2"])
     assert (batch.index, batch.epoch, batch.seconds, batch.bad, len(batch)) == (7, 3, 0.0, [], 2)
-    assert batch.padding == pytest.approx(1 / 8)
+    assert (batch.characters, batch.padded_characters) == (7, 8)
+    assert (batch.seconds, batch.padded_seconds) == (0, 0)
     assert batch.to("cpu").texts == batch.texts
     assert pickle.loads(pickle.dumps(batch)) == batch
 
@@ -85,7 +86,7 @@ def test_a_line_that_is_not_utf8_is_bad_and_nothing_left_is_an_empty_text(tmp_pa
     assert batch.texts == ["good"]
     assert batch.bad[0].key == "line 2" and "utf-8" in batch.bad[0].reason
     alone = TextDataset(corpus)[MicroBatch(0, 0, ((0, 1),))]
-    assert (alone.texts, alone.padding, len(alone.bad)) == ([""], 0.0, 1)
+    assert (alone.texts, alone.padded_characters, len(alone.bad)) == ([""], 0, 1)
 
 
 def test_fingerprints_follow_the_text(tmp_path):

@@ -19,7 +19,9 @@ from seedling.launch.stage_lookup import find_config, load_stage
 
 HERE = Path(__file__).parent
 COMMANDS = ["prepare", "index", "check-data", "show", "check", "run", "pipeline", "evaluate", "transcribe", "inspect"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+# In front of what is there: a checkout that is only on the path must not be tested with another one's processes.
+PATHS = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 def seedling(*arguments, cwd, environment=ENVIRONMENT, timeout=120) -> subprocess.CompletedProcess:
@@ -109,6 +111,7 @@ def test_run_writes_artifact_and_resolved_config_and_show_reads_it_back(tmp_path
         (["run_dir=r", "numbr=1"], "override numbr=1: unknown key; nearest valid key: number"),
         (["run_dir=r", "number=x"], "override number=x: expected int, found str"),
         (["run_dir=r", "number=-1"], "number (-1) must not be negative"),
+        (["run_dir=r", "train.max_steps=1"], "override train.max_steps=1: unknown key"),  # it trains nothing
         (["run_dir=r", "inputs.frist=a"], "nearest: inputs.first"),
         (["run_dir=r", "--nproc", "0"], "--nproc is 0"),
         ([], "run_dir is not set; give it in the file or as run_dir=VALUE (str)"),
@@ -195,8 +198,9 @@ def test_stages_are_found_by_name_and_by_module(monkeypatch):
         load_stage("evalute")
     with pytest.raises(ValueError, match="no module toy_stagez; put its folder on PYTHONPATH"):
         load_stage("toy_stagez:Count")
-    with pytest.raises(ValueError, match="no Config that extends StageConfig"):
-        load_stage("toy_stages:NoConfig")
+    for name in ("NoConfig", "NoTrain"):
+        with pytest.raises(ValueError, match="no Config that extends TrainingStageConfig"):
+            load_stage(f"toy_stages:{name}")
 
 
 def test_configs_are_found_beside_the_caller_then_by_path_then_by_packaged_name(tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from seedling.launch.fingerprint import fingerprint, paths_in
-from seedling.launch.pipeline import metrics_of, run_pipeline, shown
+from seedling.launch.pipeline import digest, metrics_of, run_pipeline, shown
 from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
-from seedling.launch.process import RANK_VARIABLES, child_environment
+from seedling.launch.process import child_environment
 from seedling.stages.runtime.config import ConfigError, parse_override
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
 HERE = Path(__file__).parent
 TWO_STEPS = """
@@ -31,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     """A working folder with the pipeline of TWO_STEPS, the toy stages importable here and in the steps' processes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     (tmp_path / "toy.yaml").write_text(TWO_STEPS)
     (tmp_path / "count.yaml").write_text("number: 1\n")
     return tmp_path
@@ -105,14 +106,33 @@ def test_a_stopped_pipeline_stops_its_step_and_runs_nothing_more(folder):
 
 
 def test_a_changed_file_that_a_config_names_makes_its_step_run_again(folder):
-    from seedling.launch.pipeline import digest
-
     (folder / "words.txt").write_text("a\n")
     step = load_pipeline("toy.yaml", overrides=["two.text=words.txt"]).steps[1]
     before = digest(step)
     assert digest(step) == before
     (folder / "words.txt").write_text("b\n")
     assert digest(step) != before
+
+
+@pytest.mark.parametrize("source", ["corpus/train.jsonl", "./corpus"])
+def test_audio_that_a_manifest_names_and_that_was_replaced_is_prepared_again(folder, source):
+    (folder / "corpus").mkdir()
+    (folder / "elsewhere").mkdir()
+    audio = folder / "elsewhere/a.wav"
+    audio.write_bytes(b"one")
+    lines = [f'{{"audio_filepath": "{audio}", "offset": {at}, "duration": 1, "text": "a"}}\n' for at in (0, 1)]
+    lines += ["not a line of JSON\n", '{"audio_filepath": "missing.wav", "text": "b"}\n']
+    (folder / "corpus/train.jsonl").write_text("".join(lines))
+    step = Step("shards", "prepare", [], None, {"command": "prepare", "arguments": [source], "options": {}})
+    before = digest(step)
+    assert digest(step) == before
+    (folder / "elsewhere/b.wav").write_bytes(b"not in the manifest")
+    assert digest(step) == before
+    audio.write_bytes(b"two")
+    replaced = digest(step)
+    assert replaced != before
+    audio.unlink()
+    assert digest(step) not in (before, replaced)
 
 
 def test_commands_get_their_arguments_options_and_output_folder(folder):

@@ -276,6 +276,11 @@ def test_adapters_are_merged_into_what_is_saved(tiny_audio_llm, tmp_path, noise)
         )
 
 
+def test_a_model_built_from_a_bare_config_says_how_to_get_a_processor(tiny_audio_llm):
+    with pytest.raises(ValueError, match="no processor: use from_pretrained"):
+        _ = AudioLLM(tiny_audio_llm().config).processor
+
+
 def test_a_folder_with_a_weight_missing_is_refused(tiny_audio_llm, tmp_path):
     model = tiny_audio_llm()
     state = {name: value for name, value in model.state_dict().items() if name != "converter.proj.weight"}

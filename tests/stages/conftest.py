@@ -3,32 +3,10 @@
 Each is made once, by the real stages (tiny_runs.py says how). Tests read them and write elsewhere.
 """
 
-import importlib.util
-import os
-import sys
 from pathlib import Path
 
 import pytest
-
-# Under its own name, since pytest's importlib mode puts no folder on the path.
-if "tiny_runs" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("tiny_runs", Path(__file__).with_name("tiny_runs.py"))
-    sys.modules["tiny_runs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["tiny_runs"])
-
 import tiny_runs
-
-
-@pytest.fixture(scope="package", autouse=True)
-def rank_variables_restored():
-    """Training in this process makes it rank 0 of 1; later tests must not inherit that."""
-    before = {name: os.environ.get(name) for name in tiny_runs.RANK_VARIABLES}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

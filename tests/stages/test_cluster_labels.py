@@ -176,7 +176,7 @@ def test_two_processes_find_the_centroids_and_the_labels_of_one(labeler, given, 
 
 
 def test_workers_that_read_audio_change_nothing(labeler, cluster):
-    files = [load_artifact(folder).manifest["files"] for folder in (cluster("train.num_workers=2"), labeler)]
+    files = [load_artifact(folder).manifest["files"] for folder in (cluster("num_workers=2"), labeler)]
     assert files[0] == files[1]
 
 
@@ -212,9 +212,9 @@ def test_work_begun_with_another_encoder_or_setting_is_not_gone_on_with(given, t
     for change, said in ((f"inputs.encoder={other}", "begun with encoder"), ("clusters=25", "begun with settings")):
         assert main([*config, change]) == 2
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedling: error:")]
-        assert said in error and "train.resume=never" in error
+        assert said in error and "resume=never" in error
     assert load_artifact(run_dir / "artifact").hash == before
-    assert main([*config, f"inputs.encoder={other}", "train.resume=never", "write_labels=false"]) == 0
+    assert main([*config, f"inputs.encoder={other}", "resume=never", "write_labels=false"]) == 0
     assert load_artifact(run_dir / "artifact").hash != before
 
 
@@ -242,9 +242,9 @@ def test_what_cannot_be_labelled_is_named_and_only_much_of_it_is_an_error(
     run_dir, config = tmp_path / "run", tiny_runs.write_yaml(tmp_path / "cluster.yaml", CLUSTERS)
     arguments = [f"run_dir={run_dir}", *given[:2], f"data.valid.dev={broken}"]
     assert main(["run", "cluster_labels", "--config", str(config), *arguments]) == 2
-    assert "1 of 53 utterances could not be labelled, more than train.max_bad_fraction=0.01" in capsys.readouterr().err
+    assert "1 of 53 utterances could not be labelled, more than max_bad_fraction=0.01" in capsys.readouterr().err
     assert f"bad utterance: {corpus.shards[0]}: {utterance_key(at)}" in caplog.text
-    assert main(["run", "cluster_labels", "--config", str(config), *arguments, "train.max_bad_fraction=0.1"]) == 0
+    assert main(["run", "cluster_labels", "--config", str(config), *arguments, "max_bad_fraction=0.1"]) == 0
     labels = FrameLabels.open(run_dir / "artifact/labels")
     with pytest.raises(ValueError, match="has no frame labels"):
         labels.read(corpus.shards[0], 0, audio=b"")

@@ -175,6 +175,7 @@ def textless(tmp_path):
         (["decode.nbest=3"], "decode.nbest (3)"),
         (["inputs.acllm=SHARDS"], "manifest.json"),
         (["unit=phone"], "phone"),
+        (["train.precision=bf16"], "override train.precision=bf16: unknown key"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(sft_run, heldout, textless, tmp_path, capsys, given, said):

@@ -5,6 +5,7 @@ import tiny_runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seedling.data.batches import STAND_IN_KEY
 from seedling.data.text import TextBatch
 from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
@@ -89,6 +90,13 @@ def test_validation_does_not_depend_on_what_drew_random_numbers_before(stage):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_stands_in_for_an_empty_micro_batch_counts_nowhere(stage):
+    stage, model, _ = stage
+    sentence = TextBatch(keys=["a"], texts=["call Marc"], index=0, epoch=0)
+    stand_in = TextBatch(keys=[STAND_IN_KEY], texts=[""], index=1, epoch=0)
+    assert stage.evaluate(model, [sentence, stand_in]) == stage.evaluate(model, [sentence])
+
+
 def test_without_validation_text_there_is_nothing_to_validate(stage):
     stage, _, cfg = stage
     assert stage.batches(cfg, "valid") is None
@@ -125,5 +133,20 @@ def test_check_builds_on_meta_and_trains_nothing(tmp_path, capsys):
     config = tiny_runs.write_yaml(tmp_path / "lm.yaml", tiny_runs.LM)
     arguments = [f"run_dir={tmp_path}/run", f"text=[{tmp_path}/text.txt]"]
     assert main(["check", "lm_pretrain", "--config", str(config), *arguments]) == 0
-    assert "20 utterances" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of 20 sentences, " in out and "utterances" not in out and " h," not in out
+    assert "shapes: all fit, from the dearest micro-batch to the loss" in out
+    assert "no validation set" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_log_of_a_run_on_text_speaks_of_text(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(tiny_runs.sentences(60, seed=0)))
+    short = (f"text=[{tmp_path}/text.txt]", "train.max_steps=2", "train.log_every=1", "train.dry_run=true")
+    run = tiny_runs.train("lm_pretrain", tmp_path / "run", tiny_runs.LM, *short)
+    out = capsys.readouterr().out
+    assert "data: 60 sentences, " in out and "dry run of the largest micro-batch: " in out and "tokens/s" in out
+    assert "utterances" not in out and "audio" not in out
+    lines = [line for line in tiny_runs.read_lines(run / "metrics.jsonl") if "train/loss" in line]
+    assert len(lines) == 2 and not [name for line in lines for name in line if "audio" in name]
+    assert all(0 < line["train/padding_frac_text"] < 0.5 for line in lines)

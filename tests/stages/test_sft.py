@@ -15,6 +15,7 @@ from seedling import load
 from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.model.audio_llm import AudioLLM
+from seedling.model.converter import Converter
 from seedling.stages.runtime.artifacts import lineage, load_artifact, load_inputs
 from seedling.stages.runtime.trainer import Trainer
 from seedling.stages.runtime.world import init_world
@@ -64,7 +65,8 @@ def test_the_frozen_llm_is_bit_identical_without_gradient_and_without_optimizer_
     learning = sum(p.numel() for name, p in trained.engine.model.named_parameters() if not name.startswith("llm."))
     assert trained.engine.optimizer_numel() == learning
     shard = torch.load(tmp_path / "run/checkpoints/step_000003/shards/mp_rank_00_model_states.pt", weights_only=False)
-    assert not [name for name in shard["module"] if ".llm.model." in name]
+    # Not under the name of the tied head either.
+    assert {name.split(".")[1] for name in shard["module"]} == {"encoder", "converter", "ctc_head", "fbank"}
     artifact = trained.export()
     kept, original = tiny_runs.weights(artifact.path), tiny_runs.weights(llm_folder)
     assert not [name for name, value in original.items() if not torch.equal(value, kept[f"llm.{name}"])]
@@ -136,12 +138,26 @@ def test_the_normaliser_counts_exactly_the_tokens_that_have_a_loss(trainer):
         assert float(out.loss_sum.detach()) == pytest.approx(float(weighted), rel=1e-5)
 
 
+def test_a_validation_set_of_one_utterance_is_scored_and_nothing_else_is(trainer, tmp_path):
+    """A step takes two micro-batches: the second is empty, and what stands in for it does not count."""
+    alone = tiny_runs.make_shards(tmp_path / "alone", ["call Marc stop"])
+    trained = trainer(f"data.valid.alone={alone}", "train.max_steps=1")
+    trained.fit()
+    planned = trained.valid["alone"]
+    batch, _ = map(planned.dataset.__getitem__, next(planned.plan.steps()).micro_batches)
+    with trained.engine.evaluating() as model:
+        loss_sum, count = trained.stage.evaluate(model, [batch])["loss"]
+    assert count == trained.stage.count(batch)
+    assert trained.latest_metrics["valid/alone/loss"] == pytest.approx(loss_sum / count, rel=1e-5)
+
+
 # ---- how well it learns, and what comes out
 
 
 def test_it_learns_a_small_corpus_by_heart(sft_run):
     lines = tiny_runs.read_lines(sft_run / "metrics.jsonl")
     losses = [line["train/nll"] for line in lines if "train/nll" in line]
+    assert all(0 <= line["train/padding_frac_text"] < 0.5 for line in lines if "train/nll" in line)
     assert losses[-1] < 0.2 * losses[0], losses
     assert load_artifact(sft_run / "artifact").metrics["valid/dev/wer"] < 0.1
 
@@ -311,7 +327,32 @@ def test_check_needs_no_weights_trains_nothing_and_tells_the_frozen_from_the_lea
     size = sum(value.numel() for value in tiny_runs.weights(llm_folder).values())
     (frozen,) = [line for line in out.splitlines() if line.startswith("frozen")]
     assert f"{size:,}" in frozen and "48 utterances" in out and "0 bad" in out
+    assert "shapes: all fit as far as aten._ctc_loss" in out  # the last but one: whatever meets a weight comes before
     assert not (tmp_path / "run").exists()
+
+
+def test_check_finds_a_shape_that_does_not_fit_without_any_weights(short, llm_folder, tmp_path, capsys, monkeypatch):
+    config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
+    arguments = ["check", "sft", "--config", str(config), f"run_dir={tmp_path}/run", *short, f"inputs.llm={llm_folder}"]
+    for more in (["ctc_weight=0"], ["ctc_weight=0", "train.precision=bf16", "llm_training=lora"]):
+        assert main([*arguments, *more]) == 0
+        assert "shapes: all fit, from the dearest micro-batch to the loss" in capsys.readouterr().out
+    # Frames of width 48 where the projection wants two of them stacked.
+    monkeypatch.setattr(Converter, "forward", lambda self, h_BTD, lengths_B: (self.proj(h_BTD), lengths_B))
+    with pytest.raises(RuntimeError, match=r"\b48\b.*\b96\b"):
+        main(arguments)
+
+
+def test_check_opens_the_validation_sets_and_says_what_is_in_them(short, shards, llm_folder, tmp_path, capsys):
+    config = tiny_runs.write_yaml(tmp_path / "sft.yaml", tiny_runs.SFT)
+    arguments = ["check", "sft", "--config", str(config), f"run_dir={tmp_path}/run", *short, f"inputs.llm={llm_folder}"]
+    alone = tiny_runs.make_shards(tmp_path / "alone", ["call Marc stop"])
+    assert main([*arguments, f"data.valid.dev={shards}", f"data.valid.alone={alone}"]) == 0
+    out = capsys.readouterr().out
+    assert "validation set dev: " in out and out.count("of 48 utterances") == 2
+    assert "validation set alone: 1 steps, 2 micro-batches\n  of 1 utterances" in out
+    assert main([*arguments, "data.valid.dev=/nowhere"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
 
 
 def test_check_of_going_on_from_a_recogniser_shows_its_parts(sft_run, shards, tmp_path, capsys):

@@ -25,14 +25,13 @@ from seedling.model.conformer import ConformerConfig, ConformerEncoder
 from seedling.model.features import Fbank
 from seedling.model.speech_encoder import SpeechEncoder, speech_encoder_facts
 from seedling.stages.runtime.artifacts import ArtifactWriter
-from seedling.stages.runtime.world import free_port
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES, free_port
 
 SAMPLE_RATE = 16000
 WORDS = ("call", "Marc", "dim", "lamp", "stop", "six", "go", "open")
 TONES_HZ = (400.0, 900.0, 1700.0, 2900.0)
 # Every word another pair of tones.
 TONES_OF = {word: (TONES_HZ[i % 4], TONES_HZ[(i + 1 + i // 4) % 4]) for i, word in enumerate(WORDS)}
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
     "PYTHONSAFEPATH": "1",

@@ -1,18 +1,7 @@
-"""The toy stage and its jobs as `toy_stage` and `toy_jobs`: pytest's importlib mode puts no folder on the path."""
-
-import importlib.util
-import os
-import sys
-from pathlib import Path
+"""Jobs of toy stages, none of which outlives its test."""
 
 import pytest
-
-for name in ("toy_stage", "toy_jobs"):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-
-from toy_jobs import RANK_VARIABLES, Job  # noqa: E402
+from toy_jobs import Job
 
 
 @pytest.fixture
@@ -27,15 +16,3 @@ def job():
     yield start
     for each in started:
         each.kill()
-
-
-@pytest.fixture(scope="package", autouse=True)
-def rank_variables_restored():
-    """Training in this process makes it rank 0 of 1; later tests must not inherit that."""
-    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

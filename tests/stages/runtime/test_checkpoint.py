@@ -69,11 +69,16 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
         ({"data_fingerprint": "other"}, "training on data .*start it in another run_dir, or with train.resume=never"),
         ({"zero_stage": 1}, "written with ZeRO stage 2, this run uses 1; set train.zero_stage=2"),
         ({"world_size": 4}, "cut for 2 processes, this run has 4; start 2 processes"),
-        ({"frozen_digests": ["x", "y"]}, "frozen weights are not those"),
+        ({"frozen_digests": ["x", "y"]}, r"frozen weights are not those .*\(an input or the build changed\)"),
+        ({"shapes": {"a": [3, 2]}}, r"a has shape \[2, 2\] in it and \[3, 2\] in this run"),
+        ({"shapes": {"a": [2, 2], "b": [1]}}, "it has no b, which this run trains"),
+        ({"shapes": {"b": [1]}}, "it has no b"),
+        ({"shapes": {}}, "it holds a, which this run does not train"),
     ],
 )
 def test_what_would_not_be_the_same_run_is_refused_with_the_way_out(tmp_path, change, message):
     saved = {"data_fingerprint": "d", "zero_stage": 2, "world_size": 2, "frozen_digests": ["a", "b"]}
+    saved["shapes"] = {"a": [2, 2]}
     with pytest.raises(ValueError, match=message):
         check_resumable(TrainState(**saved), TrainState(**{**saved, **change}), checkpoint=tmp_path)
 
@@ -82,6 +87,16 @@ def test_changed_settings_are_named_and_allowed(tmp_path):
     old = TrainState(config={"train": {"max_steps": 10, "lr": {"a": 1}}})
     new = TrainState(config={"train": {"max_steps": 20, "lr": {"a": 1}}})
     assert check_resumable(old, new, checkpoint=tmp_path) == ["train.max_steps: 10 -> 20"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_another_model_is_refused_before_anything_is_loaded_naming_the_setting(tmp_path, zero_stage):
+    """The first parameter that does not fit, both shapes, and what was changed since."""
+    train = {"max_steps": 4, "zero_stage": zero_stage}
+    run_training(ToyStage(), toy_config(tmp_path, train=train), run_dir=tmp_path)
+    said = r"body\.0\.weight has shape \[16, 16\] in it and \[8, 8\] in this run \(width: 16 -> 8\); set that back, or"
+    with pytest.raises(ValueError, match=said):
+        run_training(ToyStage(), toy_config(tmp_path, width=8, train=train), run_dir=tmp_path)
 
 
 def assert_same_run(killed, straight):

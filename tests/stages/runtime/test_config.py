@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from seedling.stages.runtime.config import ConfigError, StageConfig, load_config
+from seedling.stages.runtime.config import ConfigError, TrainingStageConfig, load_config
 from seedling.stages.runtime.schema import ALIASES, all_keys
 
 
@@ -48,7 +48,7 @@ class DataConfig:
 
 
 @dataclass
-class ToyConfig(StageConfig):
+class ToyConfig(TrainingStageConfig):
     data: DataConfig
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraConfig | None = None
@@ -147,7 +147,7 @@ def test_names_of_other_toolkits_are_refused_and_translated(typed, meant):
 
 
 def test_every_alias_of_a_common_key_leads_to_a_key_that_exists():
-    keys = set(all_keys(StageConfig))
+    keys = set(all_keys(TrainingStageConfig))
     missing = [meant for meant in ALIASES.values() if meant.startswith("train.") and meant not in keys]
     assert not missing
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES, free_port
+
 TOY = Path(__file__).with_name("toy_stage.py")
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Job:
@@ -19,9 +19,7 @@ class Job:
 
     def __init__(self, root: Path, runs: dict, *, ranks: int = 1):
         root.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.root, self.ranks = root, []
         self.logs = [root / f"rank{r}.log" for r in range(ranks)]
         for r, log in enumerate(self.logs):

@@ -19,7 +19,7 @@ from torch import nn
 from seedling.data.batches import BadUtterance, PlannedBatches
 from seedling.data.plan import Plan, PlanConfig
 from seedling.stages.runtime.artifacts import ArtifactWriter
-from seedling.stages.runtime.config import StageConfig
+from seedling.stages.runtime.config import TrainingStageConfig
 from seedling.stages.runtime.stage import StepOutput
 from seedling.stages.runtime.train_config import TrainConfig, WandbConfig
 from seedling.stages.runtime.trainer import run_training
@@ -28,7 +28,7 @@ DIM = 6
 
 
 @dataclass
-class ToyConfig(StageConfig):
+class ToyConfig(TrainingStageConfig):
     stage: str = "toy"
     run_dir: str = ""
     utterances: int = 120
@@ -75,8 +75,14 @@ class ToyBatch:
         return float(self.mask_BT.sum())
 
     @property
-    def padding(self) -> float:
-        return 1 - self.seconds / self.mask_BT.numel()
+    def padded_seconds(self) -> float:
+        return float(self.mask_BT.numel())
+
+    characters = padded_characters = 0
+
+    @property
+    def amount(self) -> str:
+        return f"{len(self)} rows"
 
     def to(self, device) -> ToyBatch:
         return replace(self, **{n: getattr(self, n).to(device) for n in ("x_BTD", "y_BT", "mask_BT")})
