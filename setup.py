@@ -70,6 +70,7 @@ setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
+            "scikit-learn>=1.7",
             "scipy>=1.15",
             "wheel",
         ],

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
+from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
 from .plan import Plan, PlanConfig, PlanLimits
@@ -21,7 +22,14 @@ class AudioDataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def training(
-        self, *, micro_batch_seconds: float, micro_batches: int, seed: int, sample_rate: int, require_text: bool
+        self,
+        *,
+        micro_batch_seconds: float,
+        micro_batches: int,
+        seed: int,
+        sample_rate: int,
+        require_text: bool,
+        labels: FrameLabels | None = None,
     ) -> PlannedBatches:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
@@ -29,12 +37,23 @@ class AudioDataConfig:
         corpus = Corpus.open(self.train)
         limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
         dataset = AudioDataset(
-            corpus, augment=self.augment, seed=seed, sample_rate=sample_rate, require_text=require_text
+            corpus,
+            augment=self.augment,
+            seed=seed,
+            sample_rate=sample_rate,
+            require_text=require_text,
+            labels=labels,
         )
         return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
 
     def validation(
-        self, *, micro_batch_seconds: float, micro_batches: int, sample_rate: int, require_text: bool
+        self,
+        *,
+        micro_batch_seconds: float,
+        micro_batches: int,
+        sample_rate: int,
+        require_text: bool,
+        labels: FrameLabels | None = None,
     ) -> dict[str, PlannedBatches]:
         """Return each validation set in a fixed order, without augmentation."""
         return {
@@ -45,6 +64,7 @@ class AudioDataConfig:
                 micro_batches=micro_batches,
                 sample_rate=sample_rate,
                 require_text=require_text,
+                labels=labels,
             )
             for name, folder in self.valid.items()
         }
@@ -58,9 +78,10 @@ def heldout(
     micro_batches: int,
     sample_rate: int,
     require_text: bool = True,
+    labels: FrameLabels | None = None,
 ) -> PlannedBatches:
     """Return one pass over shards in a fixed order, without augmentation."""
     corpus = Corpus.open(folders)
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text)
+    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels)
     return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)

@@ -6,9 +6,11 @@ number of workers changes the speed and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
@@ -47,10 +49,26 @@ class WithTexts:
 
 @dataclass
 class PlannedBatches:
-    """A plan and the dataset that reads its micro-batches."""
+    """A plan and the dataset that reads its micro-batches.
+
+    `targets` is the fingerprint of what is learnt from them, where that is not in the corpus itself.
+    """
 
     plan: Plan
     dataset: Dataset
+    targets: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly if the sequence of micro-batches and their targets are: a run resumes on equal ones only."""
+        if not self.targets:
+            return self.plan.fingerprint
+        return hashlib.sha256(f"{self.plan.fingerprint}/{self.targets}".encode()).hexdigest()
+
+    def first(self, count: int) -> Iterator[Any]:
+        """Yield the first `count` planned micro-batches of an epoch, or all of it: the same on every rank."""
+        planned = (micro_batch for step in self.plan.steps(epochs=1) for micro_batch in step.micro_batches)
+        yield from (self.dataset[micro_batch] for micro_batch in islice(planned, count))
 
 
 def make_loader(

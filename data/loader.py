@@ -2,11 +2,12 @@
 
 `dataset[micro_batch]` is a pure function of the shards, the seed and the micro-batch, so any number of workers delivers
 the same. Audio is read by byte offset from the tar. What cannot be used is named in `batch.bad`, never fatal here: the
-run decides how many are too many. Shape letters: B utterances, N samples of the longest.
+run decides how many are too many. Shape letters: B utterances, N samples and T label frames of the longest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,14 +19,21 @@ from torch.utils.data import Dataset
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
 from .batches import STAND_IN_KEY, BadUtterance, WithTexts
+from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
 from .plan import MicroBatch
 
+NO_CODES = np.zeros(0, np.uint16)
+
 
 @dataclass
 class AudioBatch(WithTexts):
-    """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64)."""
+    """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64).
+
+    With frame labels, labels_BT are their codes (int64, NO_LABEL past the end) and label_lengths_B their numbers of
+    frames, 0 for the stand-in.
+    """
 
     keys: list[str]
     waveforms_BN: Tensor
@@ -36,6 +44,8 @@ class AudioBatch(WithTexts):
     epoch: int
     sample_rate: int = 16000
     bad: list[BadUtterance] = field(default_factory=list)
+    labels_BT: Tensor | None = None
+    label_lengths_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,17 +65,21 @@ class AudioBatch(WithTexts):
         return f"{len(self)} utterances, {self.seconds:.1f} s of audio, padding {padding:.1%}"
 
     def to(self, device: torch.device | str) -> AudioBatch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("waveforms_BN", "lengths_B")}
-        return replace(self, **moved)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> AudioBatch:
-        return replace(self, waveforms_BN=self.waveforms_BN.pin_memory(), lengths_B=self.lengths_B.pin_memory())
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> AudioBatch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 class AudioDataset(Dataset):
     """Reads, decodes, resamples and augments the utterances of a micro-batch.
 
-    `require_text` makes an utterance without text a bad one: for training on transcripts.
+    `require_text` makes an utterance without text a bad one: for training on transcripts. With `labels` a batch has
+    frame labels; those of other audio raise StaleLabels.
     """
 
     def __init__(
@@ -76,18 +90,24 @@ class AudioDataset(Dataset):
         seed: int = 0,
         sample_rate: int = 16000,
         require_text: bool = False,
+        labels: FrameLabels | None = None,
     ):
-        self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
+        self.corpus, self.sample_rate, self.require_text, self.labels = corpus, sample_rate, require_text, labels
         self.reader = PayloadReader()
         self.augment = None
         if augment is not None:
+            if labels is not None and augment.speed_probability:
+                raise ValueError(
+                    f"data.augment.speed_probability is {augment.speed_probability} with frame labels, which fit the "
+                    "audio at its own speed; set it to 0"
+                )
             noise = None
             if augment.noise_probability:
                 noise = CorpusNoise(Corpus.open(list(augment.noise_data)), sample_rate=sample_rate)
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
-        keys, waveforms, texts, metas, bad = [], [], [], [], []
+        keys, waveforms, texts, metas, codes, bad = [], [], [], [], [], []
         for shard, row in micro_batch.utterances:
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
             key = utterance_key(at)
@@ -98,22 +118,44 @@ class AudioDataset(Dataset):
                     raise ValueError(f"its text is a {type(text).__name__}, not a string")
                 if self.require_text and not text.strip():
                     raise ValueError("its text is empty")
+                codes_T = self._codes(path, row, at, samples=len(waveform))
                 if self.augment:
                     waveform = self.augment(waveform, epoch=micro_batch.epoch, key=key)
+            except StaleLabels:
+                raise
             except (ValueError, OSError) as error:
                 bad.append(BadUtterance(str(path), key, str(error)))
                 continue
             keys.append(key)
+            codes.append(codes_T)
             waveforms.append(waveform)
             texts.append(text)
             metas.append(meta)
         if not keys:
             # A rank without a forward pass would hang the others; silence without text is a valid one.
             keys, waveforms, texts, metas = [STAND_IN_KEY], [np.zeros(self.sample_rate, np.float32)], [""], [{}]
+            codes = [NO_CODES]
         waveforms_BN, lengths_B = pad_waveforms(waveforms)
+        labels_BT, label_lengths_B = pad_labels(codes) if self.labels is not None else (None, None)
         return AudioBatch(
-            keys, waveforms_BN, lengths_B, texts, metas, micro_batch.index, micro_batch.epoch, self.sample_rate, bad
+            keys,
+            waveforms_BN,
+            lengths_B,
+            texts,
+            metas,
+            micro_batch.index,
+            micro_batch.epoch,
+            self.sample_rate,
+            bad,
+            labels_BT,
+            label_lengths_B,
         )
+
+    def _codes(self, path: Path, row: int, at: np.void, *, samples: int) -> np.ndarray:
+        if self.labels is None:
+            return NO_CODES
+        audio = self.reader.read(path, offset=int(at["audio_offset"]), size=int(at["audio_size"]))
+        return self.labels.read(path, row, audio=audio, samples=samples)
 
 
 def pad_waveforms(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -124,6 +166,15 @@ def pad_waveforms(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         padded_N[: len(waveform)] = torch.from_numpy(waveform)
         padded_N[len(waveform) :] = 0
     return waveforms_BN, lengths_B
+
+
+def pad_labels(codes: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Return labels_BT, int64 with NO_LABEL past the end, and label_lengths_B."""
+    label_lengths_B = torch.tensor([len(codes_T) for codes_T in codes], dtype=torch.int64)
+    labels_BT = torch.full((len(codes), int(label_lengths_B.max())), NO_LABEL, dtype=torch.int64)
+    for padded_T, codes_T in zip(labels_BT, codes):
+        padded_T[: len(codes_T)] = torch.from_numpy(codes_T.astype(np.int64))
+    return labels_BT, label_lengths_B
 
 
 def utterance_key(at: np.void) -> str:

@@ -49,7 +49,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None) -> int:
             print_table(pipeline, outcomes)
             print(
                 f"seedling: pipeline {pipeline.name} stopped at step {step.name} (exit code {outcome.code}); to go on: "
-                f"seedling pipeline {pipeline.said} (finished steps are skipped, {step.name} continues where it was)",
+                f"seedling {pipeline.said} (finished steps are skipped, {step.name} continues where it was)",
                 file=sys.stderr,
             )
             return outcome.code

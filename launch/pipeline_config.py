@@ -21,11 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..stages.runtime.config import ConfigError, Source, merge, parse_override, read_sources
 from .stage_lookup import find_config, load_stage_config
 
+C = TypeVar("C")
 # Commands that a pipeline may run, and whether `--out RUN/NAME` tells them where to write.
 COMMANDS = {"demo-corpus": True, "prepare": True, "index": False, "check-data": False, "transcribe": False}
 
@@ -93,7 +94,7 @@ class Step:
 
 @dataclass
 class Pipeline:
-    """A loaded pipeline; `said` is what its user typed, for messages that say how to go on."""
+    """A loaded pipeline; `said` is what its user typed after `seedling`, for messages that say how to go on."""
 
     name: str
     said: str
@@ -104,11 +105,21 @@ class Pipeline:
 def load_pipeline(name: str, *, overrides: Sequence[str] = ()) -> Pipeline:
     """Load the pipeline of a path or packaged name; overrides are `STEP.key=value`, `run_dir=...` or `nproc=N`."""
     file = find_config(name, folder="pipelines")
+    cfg, per_step = read_steps(PipelineConfig, file, overrides=overrides)
+    return resolve_steps(cfg, file=file, overrides=per_step, said=shlex.join(["pipeline", name, *overrides]))
+
+
+def read_steps(schema: type[C], file: Path, *, overrides: Sequence[str]) -> tuple[C, list[str]]:
+    """Read a file whose schema holds steps and has a name, a run_dir and nproc; return the overrides for its steps."""
     own, per_step = _split_overrides(overrides)
     # References are ours to resolve, step by step: OmegaConf would look for them among the pipeline's own keys.
     sources = [Source(source.name, _map_texts(source.values, _escaped)) for source in [*read_sources(file), *own]]
-    cfg = merge(PipelineConfig, sources).config
-    _apply(per_step, cfg)
+    return merge(schema, sources).config, per_step
+
+
+def resolve_steps(cfg: PipelineConfig, *, file: Path, overrides: Sequence[str], said: str) -> Pipeline:
+    """Turn configured steps into the commands that they run."""
+    _apply(overrides, cfg)
     run_dir = Path(cfg.run_dir)
     known = {"run_dir": str(run_dir)}
     steps = []
@@ -117,7 +128,7 @@ def load_pipeline(name: str, *, overrides: Sequence[str] = ()) -> Pipeline:
         steps.append(step)
         if step.output is not None:
             known[step.name] = str(step.output)
-    return Pipeline(cfg.name, shlex.join([name, *overrides]), run_dir, steps)
+    return Pipeline(cfg.name, said, run_dir, steps)
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[Source], list[str]]:

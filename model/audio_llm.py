@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .assembled import AssembledModel
 from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
@@ -35,6 +36,7 @@ from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
+from .speech_encoder import speech_encoder_facts
 
 
 class SpeechOutput(NamedTuple):
@@ -58,11 +60,10 @@ class AudioLLMOutput(NamedTuple):
     logits_NV: Tensor | None
 
 
-class AudioLLM(PreTrainedModel):
+class AudioLLM(AssembledModel):
     """Fbank, SpecAugment, encoder, converter, LLM, and optionally a CTC head on the encoder."""
 
     config_class = AudioLLMConfig
-    base_model_prefix = ""
     main_input_name = "waveforms"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -159,13 +160,6 @@ class AudioLLM(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.llm.get_output_embeddings()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Every part initialises itself when it is built; nothing may be drawn anew when parts are joined."""
-
-    def init_weights(self) -> None:
-        """Tie what the LLM ties, and leave all values alone: some parts come trained."""
-        self.tie_weights(recompute_mapping=False)
 
     def train(self, mode: bool = True) -> "AudioLLM":
         super().train(mode)
@@ -357,12 +351,9 @@ class AudioLLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args, **kwargs) -> "AudioLLM":
-        """Load a folder that `save_pretrained` wrote; missing or misshapen weights are an error, not a fresh draw."""
+        """Load a folder that `save_pretrained` wrote, with its processor."""
         report = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if absent:
-            raise ValueError(f"{path}: {len(absent)} weights are missing or misshapen, first {absent[0]}: not complete")
         if (Path(path) / "generation_config.json").is_file():
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
         if (Path(path) / "processor_config.json").is_file():
@@ -372,13 +363,11 @@ class AudioLLM(PreTrainedModel):
 
 def acllm_facts(model: AudioLLM) -> dict[str, str | float]:
     """Return what must agree between whoever wrote a recogniser and whoever reads it; goes into its manifest."""
-    frame_shift_s = model.fbank.cfg.frame_shift_ms / 1000
+    facts = speech_encoder_facts(model)
     vocabulary = json.dumps(sorted(model.processor.tokenizer.get_vocab().items()), ensure_ascii=False)
     prompts = json.dumps([model.config.prompts, model.config.prompt_tokens], sort_keys=True, ensure_ascii=False)
-    return {
-        "feature_fingerprint": model.fbank.fingerprint(),
-        "encoder_frames_per_second": round(1 / (4 * frame_shift_s), 6),
-        "llm_positions_per_second": round(1 / (4 * frame_shift_s * model.converter.stride), 6),
+    return facts | {
+        "llm_positions_per_second": round(facts["encoder_frames_per_second"] / model.converter.stride, 6),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
     }

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 ROTARY_BASE = 10000.0
+SUBSAMPLING = 4  # frames of 10 ms in a frame of the output
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Every stage, from pretraining to inference, computes its features here, and `fingerprint()` (options and CMVN) says
 whether two of them agree. The arithmetic is float32 whatever the model's precision: autocast is switched off inside,
 window and mel weights are derived from the config instead of being buffers, and the two CMVN buffers refuse a change of
-dtype (`model.to(torch.bfloat16)` moves them, but would keep only 8 bits of a mean near 15).
+dtype.
 
 Kaldi (feature-fbank.cc) differs in one point only: audio shorter than one window gives one zero-padded frame, not none.
 Dither is 0: features are a function of the audio. Otherwise they agree to 1e-3, except where a bin lies more than 16
@@ -16,11 +16,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .float32_buffers import Float32Buffers
 
 # Kaldi's options assume 16-bit samples; features of [-1, 1] audio would be lower by 2 ln 32768 = 20.79 and, in quiet
 # places, cut off at LOG_FLOOR.
@@ -115,7 +117,7 @@ def _constants(cfg: FeatureConfig, device: torch.device) -> tuple[Tensor, Tensor
         return window_P.to(device), mel_weights(cfg).to(device)
 
 
-class Fbank(nn.Module):
+class Fbank(Float32Buffers):
     """Waveforms to normalised log-mel features: (log mel - mean_F) / std_F."""
 
     mean_F: Tensor
@@ -126,15 +128,6 @@ class Fbank(nn.Module):
         self.cfg = cfg or FeatureConfig()
         self.register_buffer("mean_F", torch.zeros(self.cfg.num_mel_bins, dtype=torch.float32))
         self.register_buffer("std_F", torch.ones(self.cfg.num_mel_bins, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fbank":
-        """Follow a move to another device and undo a change of dtype (see the head of this file)."""
-        before = {"mean_F": self.mean_F, "std_F": self.std_F}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            if getattr(self, name).dtype != torch.float32:
-                setattr(self, name, value.to(getattr(self, name).device))
-        return self
 
     def output_lengths(self, lengths_B: Tensor) -> Tensor:
         """Return frames_B for lengths in samples; at least one frame each."""

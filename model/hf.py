@@ -1,4 +1,4 @@
-"""Hugging Face registration: after it, AutoConfig, AutoModel and AutoProcessor load an acllm artifact.
+"""Hugging Face registration: after it, AutoConfig, AutoModel and AutoProcessor load acllm and speech_encoder artifacts.
 
 `import seedling` must not cost the seconds that torch and transformers take, yet `AutoModel.from_pretrained(artifact)`
 must work whichever is imported first. So `register_lazily()` registers at once where transformers' Auto modules are
@@ -15,22 +15,25 @@ from types import ModuleType
 
 
 def register_config() -> None:
-    """Make AutoConfig read our config.json."""
+    """Make AutoConfig read our config.json files."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from .audio_llm_config import AudioLLMConfig
+    from .speech_encoder_config import SpeechEncoderConfig
 
-    AutoConfig.register(AudioLLMConfig.model_type, AudioLLMConfig, exist_ok=True)
+    for config in (AudioLLMConfig, SpeechEncoderConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_model() -> None:
-    """Make AutoModel build our model."""
+    """Make AutoModel build our models."""
     from transformers.models.auto.modeling_auto import AutoModel
 
     from .audio_llm import AudioLLM
-    from .audio_llm_config import AudioLLMConfig
+    from .speech_encoder import SpeechEncoder
 
-    AutoModel.register(AudioLLMConfig, AudioLLM, exist_ok=True)
+    for model in (AudioLLM, SpeechEncoder):
+        AutoModel.register(model.config_class, model, exist_ok=True)
 
 
 def register_processor() -> None:

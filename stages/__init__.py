@@ -2,6 +2,9 @@
 
 STAGES: dict[str, str] = {
     "lm_pretrain": "seedling.stages.lm_pretrain:LMPretrain",
+    "encoder_pretrain": "seedling.stages.encoder_pretrain:EncoderPretrain",
+    "layer_probe": "seedling.stages.layer_probe:LayerProbe",
+    "cluster_labels": "seedling.stages.cluster_labels:ClusterLabels",
     "sft": "seedling.stages.sft:SFT",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

@@ -1,7 +1,8 @@
 """sft: supervised fine-tuning of the audio-conditioned LLM on pairs of speech and transcript.
 
 Encoder and converter learn, the LLM stays fixed (as in Seed-ASR), unless `llm_training` says `lora` or `full`.
-Starts from an LLM folder and a fresh encoder, or goes on from a finished recogniser (`inputs.acllm`).
+Starts from an LLM folder and a fresh or a pretrained encoder (`inputs.encoder`), or goes on from a finished recogniser
+(`inputs.acllm`).
 """
 
 from collections.abc import Iterable
@@ -28,6 +29,13 @@ from ..model.features import Fbank, FeatureConfig
 from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
 from ..model.processor import AudioLLMProcessor
 from ..model.prompt import PromptConfig, tokenize
+from ..model.speech_encoder import (
+    TRAINING_SETTINGS,
+    SpeechEncoder,
+    load_speech_encoder,
+    require_kept,
+    require_same_bins,
+)
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import TrainingStageConfig
 from .runtime.stage import StepOutput
@@ -61,11 +69,7 @@ class SFTConfig(TrainingStageConfig):
             raise ValueError(
                 f"ctc_steps is {self.ctc_steps} and ctc_weight is 0: nothing would learn; set ctc_weight=0.5"
             )
-        if self.features.num_mel_bins != self.encoder.num_mel_bins:
-            raise ValueError(
-                f"features.num_mel_bins ({self.features.num_mel_bins}) and encoder.num_mel_bins "
-                f"({self.encoder.num_mel_bins}) must be equal: the encoder reads the features"
-            )
+        require_same_bins(self.features, self.encoder)
 
 
 class SFT:
@@ -73,6 +77,7 @@ class SFT:
 
     consumes = {
         "llm": ArtifactSpec("llm", required=False, foreign=True),
+        "encoder": ArtifactSpec("speech_encoder", required=False),
         "acllm": ArtifactSpec("acllm", required=False),
     }
     produces = "acllm"
@@ -104,32 +109,29 @@ class SFT:
             raise ValueError(
                 "sft needs an LLM: set inputs.llm to a Hugging Face folder, or inputs.acllm to go on from one"
             )
-        self.sample_rate = cfg.features.sample_rate
-        fbank = Fbank(cfg.features)
-        if not _on_meta():
-            fbank.estimate_cmvn(self._some_audio(cfg))
+        speech = self._speech_encoder(cfg, inputs.get("encoder"))
         return AudioLLM.assemble(
-            encoder=ConformerEncoder(cfg.encoder),
+            encoder=speech.encoder,
             llm=load_llm(inputs["llm"].path, dtype=_llm_dtype(cfg), meta=_on_meta()),
             tokenizer=load_tokenizer(inputs["llm"].path),
-            fbank=fbank,
+            fbank=speech.fbank,
             converter=cfg.converter,
             specaugment=cfg.specaugment,
             prompts=cfg.prompts,
             ctc=cfg.ctc_weight > 0,
         )
 
-    def _some_audio(self, cfg: SFTConfig) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """The first planned micro-batches: the same on every rank, so that all have the same features."""
-        data = cfg.data.training(seed=cfg.seed, **self._limits(cfg))
-        left = cfg.cmvn_batches
-        for step in data.plan.steps(epochs=1):
-            for micro_batch in step.micro_batches[:left]:
-                batch = data.dataset[micro_batch]
-                yield batch.waveforms_BN, batch.lengths_B
-            left -= len(step.micro_batches)
-            if left <= 0:
-                return
+    def _speech_encoder(self, cfg: SFTConfig, pretrained: Artifact | None) -> SpeechEncoder:
+        if pretrained:
+            speech = load_speech_encoder(pretrained.path, features=cfg.features, encoder=cfg.encoder)
+            self.sample_rate = speech.fbank.cfg.sample_rate
+            return speech
+        self.sample_rate = cfg.features.sample_rate
+        fbank = Fbank(cfg.features)
+        if not _on_meta():
+            some_audio = self.batches(cfg, "train").first(cfg.cmvn_batches)
+            fbank.estimate_cmvn((batch.waveforms_BN, batch.lengths_B) for batch in some_audio)
+        return SpeechEncoder.assemble(fbank=fbank, encoder=ConformerEncoder(cfg.encoder))
 
     def trainable(self, parameter_name: str) -> str | None:
         part = parameter_name.split(".")[0]
@@ -228,7 +230,7 @@ def _continued_config(cfg: SFTConfig, config: AudioLLMConfig, *, path: Path) -> 
     Shapes, features and prompts are the recogniser's. Where cfg asks for others, that is an error and not ignored.
     """
     config.specaugment_config = asdict(cfg.specaugment)
-    config.audio_config |= {name: getattr(cfg.encoder, name) for name in ("dropout", "activation_checkpointing")}
+    config.audio_config |= {name: getattr(cfg.encoder, name) for name in TRAINING_SETTINGS}
     kept = {
         "features": (cfg.features, config.feature_config),
         "encoder": (cfg.encoder, config.audio_config),
@@ -236,13 +238,7 @@ def _continued_config(cfg: SFTConfig, config: AudioLLMConfig, *, path: Path) -> 
         "prompts": (cfg.prompts, config.prompts),
     }
     for section, (wanted, found) in kept.items():
-        default = asdict(type(wanted)())
-        for name, value in asdict(wanted).items():
-            if value not in (default[name], found[name]):
-                raise ValueError(
-                    f"{section}.{name} is {value!r} and the recogniser {path} was made with {found[name]!r}; "
-                    "leave it out"
-                )
+        require_kept(section, wanted, found, made="recogniser", path=path)
     if cfg.ctc_weight > 0 and not config.ctc:
         raise ValueError(f"ctc_weight is {cfg.ctc_weight} and the recogniser {path} has no CTC head; set ctc_weight=0")
     return config

@@ -65,6 +65,21 @@ class Artifact:
                     f"use the setting of the artifact, or make it again"
                 )
 
+    def require_unchanged_inputs(self, *, wanted_by: str) -> None:
+        """Raise ValueError where an artifact that this one was made from has been replaced by another since.
+
+        One that is gone is no reason to refuse: what was made from it is whole without it.
+        """
+        for name, reference in self.manifest.get("inputs", {}).items():
+            manifest = Path(reference["path"]) / MANIFEST
+            wanted = reference["manifest_blake2b"]
+            if wanted is not None and manifest.is_file() and (found := file_hash(manifest)) != wanted:
+                raise ValueError(
+                    f"{self.path}: this {self.kind} was made from the {name} {reference['path']} as it was ({wanted}), "
+                    f"which has changed since ({found}), so {wanted_by} refuses it; run stage "
+                    f"{self.manifest['stage']} again"
+                )
+
 
 def load_artifact(
     path: str | Path,

@@ -120,7 +120,7 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
     if state.data_fingerprint != now.data_fingerprint:
         raise ValueError(
             f"{checkpoint}: written while training on data {state.data_fingerprint[:16]}, this run's data is "
-            f"{now.data_fingerprint[:16]} (corpus, plan limits, seed or batch size changed); "
+            f"{now.data_fingerprint[:16]} (corpus, labels, plan limits, seed or batch size changed); "
             f"to train on the new data, {away}"
         )
     if state.zero_stage != now.zero_stage:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .ds_config import deepspeed_config
+from .metrics import Metrics, add_metrics
 from .optimizer import make_optimizer
 from .parameters import digest, freeze_others, numel, optimizer_groups
 from .seeds import seed_forward
@@ -37,7 +38,7 @@ class StepResult(NamedTuple):
     """`loss_sum` and the sums in `metrics` are this rank's, on its device; `grad_norm` is global, before clipping."""
 
     loss_sum: Tensor
-    metrics: dict[str, tuple[Any, Any]]
+    metrics: Metrics
     grad_norm: float
     applied: bool
 
@@ -60,7 +61,7 @@ class StageLoss(nn.Module):
         self.model = model
         self.stage = stage
         self.bf16 = bf16
-        self.metrics: dict[str, tuple[Any, Any]] = {}
+        self.metrics: Metrics = {}
         self.register_state_dict_post_hook(_leave_out_frozen)
 
     def autocast(self, device: torch.device) -> Any:
@@ -117,7 +118,7 @@ class Engine:
     def step(self, batches: list[Any], total_count: float) -> StepResult:
         """Train on this rank's micro-batches of a step; `total_count` is the normaliser over all ranks and batches."""
         loss_sum = torch.zeros((), device=self.world.device)
-        metrics: dict[str, tuple[Any, Any]] = {}
+        metrics: Metrics = {}
         scale = self.world.size / max(total_count, 1.0)
         for i, batch in enumerate(batches):
             loss = self._forward(batch)
@@ -248,12 +249,3 @@ class Engine:
         """Read what `save` wrote. Not strict: frozen weights are not in it, and check_resumable compared the rest."""
         path, _ = self.ds.load_checkpoint(folder, tag=tag, load_module_strict=False)
         assert path is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
-
-
-def add_metrics(total: dict[str, tuple[Any, Any]], new: dict[str, tuple[Any, Any]]) -> None:
-    """Add {name: (sum, count)} in place, tensors detached and left where they are."""
-    for name, (value, count) in new.items():
-        value = value.detach() if isinstance(value, Tensor) else value
-        count = count.detach() if isinstance(count, Tensor) else count
-        old = total.get(name, (0, 0))
-        total[name] = (old[0] + value, old[1] + count)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .engine import StepResult, add_metrics
+from .engine import StepResult
+from .metrics import Histogram, Metrics, add_metrics
 from .world import World
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ class Meters:
         self.start = time.perf_counter()
         self.waiting = self.count = self.seconds = self.padded_seconds = 0.0
         self.characters = self.padded_characters = 0.0
-        self.sums: dict[str, tuple[Any, Any]] = {}
+        self.sums: Metrics = {}
         self.grad_norm = 0.0
 
     def waited(self, steps: Iterator[T]) -> Iterator[T]:
@@ -53,10 +54,13 @@ class Meters:
             self.grad_norm = result.grad_norm
 
     def read(self) -> dict[str, float]:
-        """Return train/* since the last reading, over all ranks, and start anew. What has no audio speaks of none."""
+        """Return train/* and what has a prefix of its own since the last reading, over all ranks, and start anew.
+
+        What has no audio speaks of none.
+        """
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         values = mean_metrics(self.sums, world=self.world)
-        metrics = {f"train/{name}": value for name, value in values.items()}
+        metrics = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         metrics |= {
             "train/grad_norm": self.grad_norm,
             "train/tokens_per_s": self.count / elapsed,
@@ -72,12 +76,22 @@ class Meters:
         return metrics
 
 
-def mean_metrics(sums: dict[str, tuple[Any, Any]], *, world: World) -> dict[str, float]:
-    """Return {name: sum / count} over ranks, which must all call it; names that only some ranks know are fine."""
-    total: dict[str, tuple[float, float]] = {}
-    for share in world.gather({name: (float(value), float(count)) for name, (value, count) in sums.items()}):
+def mean_metrics(sums: Metrics, *, world: World) -> dict[str, float]:
+    """Return {name: sum / count}, and what histograms say, over ranks, which must all call it.
+
+    Means that only some ranks know are fine; histograms must be the same ones on all ranks.
+    """
+    pairs, values = {}, {}
+    for name, metric in sorted(sums.items()):
+        if isinstance(metric, Histogram):
+            values |= metric.numbers(world.sum_integers(metric.counts.cpu()))
+        else:
+            pairs[name] = (float(metric[0]), float(metric[1]))
+    total: Metrics = {}
+    for share in world.gather(pairs):
         add_metrics(total, share)
-    return {name: value / count for name, (value, count) in sorted(total.items()) if count}
+    values |= {name: value / count for name, (value, count) in total.items() if count}
+    return dict(sorted(values.items()))
 
 
 def peak_memory_gb() -> float:

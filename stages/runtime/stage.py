@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from ...data.batches import PlannedBatches
 from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
+from .metrics import Metrics
 
 
 class StepOutput(NamedTuple):
-    """`loss_sum` is the sum over what `stage.count` counts, never a mean; metrics are {name: (sum, count)}."""
+    """`loss_sum` is the sum over what `stage.count` counts, never a mean.
+
+    Metrics are {name: (sum, count)}, or histograms where a number is no mean (metrics.py). Logs show `name` as
+    `train/name`, and a name that has a slash as it is.
+    """
 
     loss_sum: Tensor
-    metrics: dict[str, tuple[Any, Any]] = {}
+    metrics: Metrics = {}
 
 
 class Batch(Protocol):
@@ -50,8 +55,8 @@ class TrainingStage(Protocol):
     """A stage with gradients. `trainable` names the optimizer group of a parameter, or None for a frozen one.
 
     `count(batch)` is the loss's normaliser (tokens, frames, utterances), known before the forward pass. `evaluate` gets
-    this rank's share of the batches and returns {metric: (sum, count)}, which the runtime adds up over ranks and
-    divides. `batches(cfg, "valid")` may return None, one set, or {set name: planned batches}.
+    this rank's share of the batches and returns {metric: (sum, count)} or histograms, which the runtime adds up over
+    ranks and divides. `batches(cfg, "valid")` may return None, one set, or {set name: planned batches}.
     """
 
     consumes: ClassVar[dict[str, ArtifactSpec]]
@@ -63,7 +68,7 @@ class TrainingStage(Protocol):
     def batches(self, cfg: Any, split: str) -> Any: ...
     def count(self, batch: Any) -> int: ...
     def loss(self, model: nn.Module, batch: Any) -> StepOutput: ...
-    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, tuple[Any, Any]]: ...
+    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> Metrics: ...
     def export(self, model: nn.Module, writer: ArtifactWriter) -> None: ...
 
 

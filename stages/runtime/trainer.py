@@ -71,7 +71,7 @@ class Trainer:
         self.total_steps = self._total_steps()
         self.engine = Engine(stage, model, self.train, world=world, seed=cfg.seed)
         self.state = TrainState(
-            data_fingerprint=self.data.plan.fingerprint,
+            data_fingerprint=self.data.fingerprint,
             frozen_digests=world.gather(self.engine.frozen_digest()),
             shapes=self.engine.saved_shapes(),
             config=asdict(cfg),

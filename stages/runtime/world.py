@@ -41,6 +41,14 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def sum_integers(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum over ranks of int64 values on the CPU: exact, in whatever order they meet."""
+        if self.size > 1:
+            assert values.dtype == torch.int64 and values.device.type == "cpu"
+            values = values.clone()
+            dist.all_reduce(values, group=self.control)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:

@@ -1,4 +1,4 @@
-"""Every shipped YAML loads against the schema of its stage, or as a pipeline whose every step resolves."""
+"""Every shipped YAML loads against the schema of its stage, or as a pipeline or a study whose every step resolves."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from seedling.launch.pipeline_config import load_pipeline
+from seedling.launch.scaling import load_ladder
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.stages.runtime.config import ConfigError, read_sources
 
@@ -47,6 +48,12 @@ def test_a_pipeline_resolves_every_step(file, monkeypatch, tmp_path):
     for variable in re.findall(r"\$\{oc\.env:(\w+)\}", file.read_text(encoding="utf-8")):
         monkeypatch.setenv(variable, "/some/folder")
     assert load_pipeline(str(file)).steps
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "scaling" in file.parts], ids=named)
+def test_a_scaling_study_resolves_every_step(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_ladder(str(file))[1].steps
 
 
 @pytest.mark.parametrize("file", FILES, ids=named)

@@ -35,10 +35,7 @@ def arguments(run_dir, overrides) -> list[str]:
 
 
 def assert_same_run(run_dir, untouched, *, message) -> None:
-    assert not tiny_runs.differing(tiny_runs.weights(run_dir), tiny_runs.weights(untouched)), message
-    ledger = tiny_runs.read_lines(run_dir / "ledger.jsonl")
-    assert ledger == tiny_runs.read_lines(untouched / "ledger.jsonl"), message
-    assert [line["step"] for line in ledger] == list(range(1, STEPS + 1)), message
+    tiny_runs.assert_same_run(run_dir, untouched, steps=STEPS, message=message)
 
 
 def test_the_ledger_shows_every_utterance_once_an_epoch(untouched):

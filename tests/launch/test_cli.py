@@ -19,7 +19,9 @@ from seedling.launch.stage_lookup import find_config, load_stage
 
 HERE = Path(__file__).parent
 COMMANDS = ["prepare", "index", "check-data", "show", "check", "run", "pipeline", "evaluate", "transcribe", "inspect"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+# In front of what is there: a checkout that is only on the path must not be tested with another one's processes.
+PATHS = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 def seedling(*arguments, cwd, environment=ENVIRONMENT, timeout=120) -> subprocess.CompletedProcess:

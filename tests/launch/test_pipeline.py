@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     """A working folder with the pipeline of TWO_STEPS, the toy stages importable here and in the steps' processes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     (tmp_path / "toy.yaml").write_text(TWO_STEPS)
     (tmp_path / "count.yaml").write_text("number: 1\n")
     return tmp_path

@@ -35,8 +35,10 @@ class Count:
             raise ValueError("this input\ncannot be counted")
         if cfg.fail == "bug":
             raise RuntimeError("a bug")
-        if cfg.fail == "rank1" and os.environ["RANK"] == "1":
-            sys.exit(7)
+        if cfg.fail == "rank1":
+            if os.environ["RANK"] == "1":
+                sys.exit(7)
+            time.sleep(60)  # until the launcher ends it: by itself it might fail first, at a barrier, with another code
         if cfg.fail == "stop":
             signal.signal(signal.SIGTERM, lambda *_: self._stop(cfg))
             (Path(cfg.run_dir) / f"ready{os.environ['RANK']}").touch()

@@ -21,6 +21,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
 from seedling.launch.job import run_job
+from seedling.model.conformer import ConformerConfig, ConformerEncoder
+from seedling.model.features import Fbank
+from seedling.model.speech_encoder import SpeechEncoder, speech_encoder_facts
+from seedling.stages.runtime.artifacts import ArtifactWriter
 from seedling.stages.runtime.rendezvous import RANK_VARIABLES, free_port
 
 SAMPLE_RATE = 16000
@@ -73,6 +77,13 @@ SFT = {
         "save_every": 4,
         "wandb": {"mode": "disabled"},
     },
+}
+PRETRAIN = {
+    "encoder": SFT["encoder"],
+    "quantizer": {"num_codebooks": 2, "codebook_size": 24},
+    "mask": {"start_probability": 0.02, "span_frames": 12},
+    "cmvn_batches": 2,
+    "train": SFT["train"] | {"lr": {"encoder": 1e-2, "heads": 1e-2}},
 }
 # To learn a corpus by heart: nothing random in the way, and a third of it in every step.
 BY_HEART = (
@@ -154,6 +165,18 @@ def make_llm(folder: Path) -> Path:
     return folder
 
 
+def make_speech_encoder(folder: Path, *, seed: int = 0, **shape) -> Path:
+    """Write an untrained speech encoder as an artifact, as encoder_pretrain would, and return its folder."""
+    torch.manual_seed(seed)
+    values = {"dim": 32, "num_layers": 3, "num_heads": 2, "conv_kernel": 5, "subsampling_channels": 8, "dropout": 0.1}
+    encoder = SpeechEncoder.assemble(fbank=Fbank(), encoder=ConformerEncoder(ConformerConfig(**{**values, **shape})))
+    encoder.fbank.set_cmvn(torch.full((80,), 12.0), torch.full((80,), 4.0))
+    writer = ArtifactWriter(folder / "artifact", kind="speech_encoder", stage="encoder_pretrain").start()
+    encoder.save_pretrained(writer.path)
+    writer.facts |= speech_encoder_facts(encoder)
+    return writer.finish().path
+
+
 class Process:
     """A real process of one rank: `seedling ARGUMENTS`, or one of several ranks of a job. Output goes to a file."""
 
@@ -197,6 +220,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(run_dir: Path, untouched: Path, *, steps: int, message: str) -> None:
+    """Same weights to the bit, and the same utterances in the same steps."""
+    assert not differing(weights(run_dir), weights(untouched)), message
+    ledger = read_lines(run_dir / "ledger.jsonl")
+    assert ledger == read_lines(untouched / "ledger.jsonl"), message
+    assert [line["step"] for line in ledger] == list(range(1, steps + 1)), message
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:

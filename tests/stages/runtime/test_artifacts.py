@@ -1,5 +1,7 @@
 """Artifacts: whole or absent, checked when opened, walkable back to where they came from."""
 
+import shutil
+
 import pytest
 
 from seedling.stages.runtime.artifacts import ArtifactSpec, ArtifactWriter, lineage, load_artifact, load_inputs
@@ -50,6 +52,19 @@ def test_damage_is_found_and_named(tmp_path, damaged):
     file.unlink() if damaged is None else file.write_text(damaged)
     with pytest.raises(ValueError, match=r"damaged artifact: sub/model.bin .*run stage make_speech_encoder again"):
         load_artifact(tmp_path / "a")
+
+
+def test_an_artifact_whose_input_was_replaced_is_refused_and_one_whose_input_is_gone_is_not(tmp_path):
+    child = write(tmp_path / "b", kind="frame_labeler", inputs={"encoder": write(tmp_path / "a")})
+    child.require_unchanged_inputs(wanted_by="stage encoder_pretrain")
+    write(tmp_path / "a", content="other weights")
+    said = (
+        r"b: this frame_labeler was made from the encoder .*a as it was.*stage encoder_pretrain refuses it; run stage"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_artifact(tmp_path / "b").require_unchanged_inputs(wanted_by="stage encoder_pretrain")
+    shutil.rmtree(tmp_path / "a")
+    child.require_unchanged_inputs(wanted_by="stage encoder_pretrain")
 
 
 def test_a_fact_that_disagrees_names_both_values(tmp_path):
