@@ -43,26 +43,29 @@ class CTCPrefixes:
         T = log_probs_BTW.shape[1]
         past_BT = torch.arange(T, device=lengths_B.device) >= lengths_B[:, None]
         # Nothing can be said behind an utterance's end, so padding adds nothing to any sum.
-        self.log_probs_RTW = log_probs_BTW.masked_fill(past_BT[..., None], -math.inf)
-        self.last_frame_R = lengths_B - 1
+        log_probs_BTW = log_probs_BTW.masked_fill(past_BT[..., None], -math.inf)
+        # By class first: what is looked up is always one class over all frames. A row is an utterance, by number.
+        self.log_probs_BWT = log_probs_BTW.transpose(1, 2).contiguous()
+        self.last_frame_B = lengths_B - 1
+        self.utterance_R = torch.arange(len(lengths_B), device=lengths_B.device)
 
     def select(self, rows_R: Tensor) -> None:
-        self.log_probs_RTW, self.last_frame_R = self.log_probs_RTW[rows_R], self.last_frame_R[rows_R]
+        self.utterance_R = self.utterance_R[rows_R]
 
     def empty(self) -> Prefix:
         """Return the empty prefix of every row: only blanks so far, and certain to be a prefix."""
-        blank_RT = self.log_probs_RTW[..., -1].cumsum(-1)
+        blank_RT = self.log_probs_BWT[self.utterance_R, -1].cumsum(-1)
         none_RT = torch.full_like(blank_RT, -math.inf)
         return Prefix(none_RT, blank_RT, torch.zeros_like(blank_RT[:, 0]), torch.full_like(blank_RT[:, 0], -1).long())
 
     def whole(self, prefix: Prefix) -> Tensor:
         """Return the log probability per row that the prefix is all that was said."""
-        return torch.logaddexp(prefix.on_RT, prefix.blank_RT).gather(1, self.last_frame_R[:, None])[:, 0]
+        return torch.logaddexp(prefix.on_RT, prefix.blank_RT).gather(1, self.last_frame_B[self.utterance_R, None])[:, 0]
 
     def extend(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> Prefix:
         """Return `prefix` (N of them, of the rows `rows_N`) with one byte appended to each."""
-        byte_NT = self.log_probs_RTW[rows_N, :, bytes_N]
-        blank_NT = self.log_probs_RTW[rows_N, :, -1]
+        byte_NT = self.log_probs_BWT[self.utterance_R[rows_N], bytes_N]
+        blank_NT = self.log_probs_BWT[self.utterance_R[rows_N], -1]
         # A byte may follow any alignment of the prefix, but itself only over a blank.
         on_NT = prefix.on_RT.masked_fill((prefix.last_R == bytes_N)[:, None], -math.inf)
         before_NT = torch.logaddexp(prefix.blank_RT, on_NT)
@@ -170,12 +173,10 @@ class JointScorer:
         """Return `prefix` with the bytes of one token appended to each. A space at the very start is not spoken."""
         bytes_NY, lengths_N = self.tokens.bytes_VY[tokens_N], self.tokens.lengths_V[tokens_N]
         skip_N = (prefix.last_R == -1) & self.tokens.starts_with_space_V[tokens_N]
+        prefix = Prefix(*(value.clone() for value in prefix))
         for y in range(int(lengths_N.max())):
-            active_N = (y < lengths_N) & ~(skip_N & (y == 0))
-            if not active_N.any():
-                continue
-            longer = self.ctc.extend(prefix, rows_N, bytes_NY[:, y])
-            prefix = Prefix(
-                *(torch.where(active_N.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(longer, prefix))
-            )
+            active = ((y < lengths_N) & ~(skip_N & (y == 0))).nonzero()[:, 0]
+            longer = self.ctc.extend(prefix.of(active), rows_N[active], bytes_NY[active, y])
+            for old, new in zip(prefix, longer):
+                old[active] = new
         return prefix
