@@ -33,8 +33,8 @@ class DecodeConfig:
     The bound by seconds keeps silence and noise from growing into pages of text. `length_penalty` ranks finished beams
     by score / tokens ** length_penalty, as in transformers: 0 ranks by probability, above it favours longer ones.
     `max_repeats` = n forbids a phrase of up to 16 tokens to come more than n times in a row; 0 allows anything.
-    `ctc_weight` is the CTC head's share of every token's score (model/ctc_prefix.py); the LLM's `ctc_candidates`
-    likeliest tokens are scored. 0 leaves CTC out, and then the score is the LLM's log-probability alone.
+    `ctc_weight` is the CTC head's share of every token's score, for `ctc_candidates` tokens at each step
+    (model/ctc_prefix.py). 0 leaves CTC out, and then the score is the LLM's log-probability alone.
     """
 
     beam_size: int = 1
@@ -46,7 +46,7 @@ class DecodeConfig:
     stop: str = "likely"
     max_repeats: int = 0
     ctc_weight: float = 0.0
-    ctc_candidates: int = 40
+    ctc_candidates: int = 20
 
     def __post_init__(self):
         if not 1 <= self.nbest <= self.beam_size:
