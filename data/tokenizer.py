@@ -38,13 +38,3 @@ def train_bpe(sentences: Iterable[str], *, vocab_size: int) -> PreTrainedTokeniz
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )
-
-
-def spellings(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Return, for each token of a `train_bpe` tokenizer, the ids of the single bytes it is made of.
-
-    A special token is its own spelling.
-    """
-    special, names = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    # Byte-level BPE writes every byte as one character, and each of these is a token.
-    return [[i] if i in special else tokenizer.convert_tokens_to_ids(list(name)) for i, name in enumerate(names)]

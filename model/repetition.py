@@ -8,14 +8,9 @@ them, some tokens are missing or wrong, each is mixed with another. How much of 
 that easy ones to begin with are always among them. In part of these the sentence is replaced by random tokens, which
 nothing but listening can predict.
 
-With `spelled`, pseudo speech is made of letters, as the frames of an encoder are, and the LM learns to read misspelt
-words: a recogniser has thousands of examples of each letter to learn from, and few of most words (docs/log.md).
-
-Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, V vocabulary, N target positions or
-units of pseudo speech.
+Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, V vocabulary, N target positions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +25,11 @@ from .prompt import PromptTokens, answer_targets, lay_out, place_speech
 class RepetitionConfig:
     share: float = 0.8  # of the sequences that are prompted repetitions; the rest are plain sentences
     random_share: float = 0.5  # of the repetitions that repeat random tokens
-    spelled: bool = False  # the units of pseudo speech are single letters (bytes), not the tokens of the sentence
-    drop: float = 0.06  # units missing from the pseudo speech, at the hardest
-    substitute: float = 0.1  # units replaced by another
-    max_hold: int = 3  # positions that a unit lasts, 1 to this
+    drop: float = 0.06  # tokens missing from the pseudo speech, at the hardest
+    substitute: float = 0.1  # tokens replaced by another
+    max_hold: int = 3  # positions that a token lasts, 1 to this
     max_blanks: int = 2  # zero vectors after it, 0 to this
-    max_mix: float = 0.5  # weight of another unit's embedding, 0 to this
+    max_mix: float = 0.5  # weight of another token's embedding, 0 to this
 
     def __post_init__(self):
         for name in ("share", "random_share", "drop", "substitute", "max_mix"):
@@ -48,48 +42,34 @@ class RepetitionConfig:
 
 
 class PseudoSpeech:
-    """Draws pseudo speech from the CPU's random state of torch, so the trainer's seed per micro-batch fixes it.
+    """Draws pseudo speech from the CPU's random state of torch, so the trainer's seed per micro-batch fixes it."""
 
-    `spellings` are the ids of the single-byte tokens that each token of the vocabulary is made of.
-    """
-
-    def __init__(
-        self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor, spellings: Sequence[Sequence[int]] | None = None
-    ):
-        if cfg.spelled and spellings is None:
-            raise ValueError("repetition.spelled needs to know how tokens are spelled; pass spellings, or set it false")
+    def __init__(self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor):
         self.cfg, self.ordinary_tokens = cfg, ordinary_tokens
-        self.spellings = spellings if cfg.spelled else None
-        # What a unit is confused with: any other, as often as it occurs in the vocabulary.
-        self.confusions = torch.tensor(self._units(ordinary_tokens.tolist()), device="cpu")
-
-    def _units(self, tokens: Sequence[int]) -> list[int]:
-        return [unit for token in tokens for unit in (self.spellings[token] if self.spellings else (token,))]
 
     def random_tokens(self, count: int) -> Tensor:
         return self.ordinary_tokens[torch.randint(len(self.ordinary_tokens), (count,))]
 
-    def _random_units(self, count: int) -> Tensor:
-        return self.confusions[torch.randint(len(self.confusions), (count,))]
-
     def __call__(self, tokens: list[int], embeddings: nn.Embedding) -> Tensor:
         """Return speech_SL for one sentence, at least one position."""
-        cfg, units_N = self.cfg, torch.tensor(self._units(tokens))
+        cfg, tokens_N = self.cfg, torch.tensor(tokens)
         hardness, longest_hold, most_blanks = (
             float(torch.rand(())),
             int(torch.randint(1, cfg.max_hold + 1, ())),
             int(torch.randint(0, cfg.max_blanks + 1, ())),
         )
-        units_N = units_N[torch.rand(len(units_N)) >= hardness * cfg.drop]
-        N, device = len(units_N), embeddings.weight.device
+        tokens_N = tokens_N[torch.rand(len(tokens_N)) >= hardness * cfg.drop]
+        N, device = len(tokens_N), embeddings.weight.device
         if N == 0:
             return embeddings.weight.new_zeros(1, embeddings.embedding_dim)
-        units_N = torch.where(torch.rand(N) < hardness * cfg.substitute, self._random_units(N), units_N)
+        tokens_N = torch.where(torch.rand(N) < hardness * cfg.substitute, self.random_tokens(N), tokens_N)
         mix_N1 = (torch.rand(N, 1) * (hardness * cfg.max_mix)).to(device)
-        mixed_NL = (1 - mix_N1) * embeddings(units_N.to(device)) + mix_N1 * embeddings(self._random_units(N).to(device))
+        mixed_NL = (1 - mix_N1) * embeddings(tokens_N.to(device)) + mix_N1 * embeddings(
+            self.random_tokens(N).to(device)
+        )
         hold_N = torch.randint(1, longest_hold + 1, (N,))
         blanks_N = torch.randint(0, most_blanks + 1, (N,))
-        # Row N of the table is the blank; each unit's row is repeated, then the blank's.
+        # Row N of the table is the blank; each token's row is repeated, then the blank's.
         table = torch.cat([mixed_NL, mixed_NL.new_zeros(1, mixed_NL.shape[1])])
         rows = torch.stack([torch.arange(N), torch.full((N,), N)], dim=1).flatten()
         return table[rows.repeat_interleave(torch.stack([hold_N, blanks_N], dim=1).flatten()).to(device)]
@@ -107,14 +87,11 @@ class RepeatingLM(nn.Module):
         prompt_tokens: PromptTokens,
         start: int,
         ordinary: list[int],
-        spellings: Sequence[Sequence[int]] | None = None,
         cfg: RepetitionConfig,
     ):
         super().__init__()
         self.llm, self.prompt_tokens, self.start, self.cfg = llm, prompt_tokens, start, cfg
-        self.pseudo_speech = PseudoSpeech(
-            cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"), spellings=spellings
-        )
+        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"))
 
     def forward(self, sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return nll_N of every token and end token, sentence by sentence, and heard_N: True within a repetition."""

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
-from ..data.tokenizer import spellings, train_bpe
+from ..data.tokenizer import train_bpe
 from ..model.prompt import PromptConfig, PromptTokens, special_id, tokenize
 from ..model.repetition import RepeatingLM, RepetitionConfig
 from .runtime.artifacts import ArtifactWriter
@@ -86,7 +86,6 @@ class LMPretrain:
             prompt_tokens=PromptTokens.of(cfg.prompts, tokenizer=self.tokenizer),
             start=start,
             ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
-            spellings=spellings(self.tokenizer),
             cfg=cfg.repetition,
         )
 
