@@ -29,7 +29,7 @@ from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
 from .converter import Converter, ConverterConfig
-from .ctc import CTCHead, CTCLoss, ctc_loss_sum
+from .ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode
 from .decoding import DecodeConfig, Hypothesis, LLMScorer, decode
 from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
@@ -254,6 +254,14 @@ class AudioLLM(AssembledModel):
         if self.ctc_head is None:
             raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
         return ctc_loss_sum(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B, targets)
+
+    @torch.no_grad()
+    def ctc_texts(self, waveforms_BN: Tensor, lengths_B: Tensor) -> list[str]:
+        """Return what the CTC head alone hears on its best path: the encoder's own ear, without the LLM."""
+        assert self.ctc_head is not None, "the model has no CTC head"
+        speech = self.encode_speech(waveforms_BN, lengths_B)
+        log_probs_BTV = self.ctc_head(speech.encoder_BTD)
+        return [bytes_text(ids) for ids in greedy_decode(log_probs_BTV, speech.encoder_lengths_B)]
 
     # ---- decoding
 
