@@ -40,6 +40,7 @@ SAMPLE_RATE = 16000
 BATCH_SECONDS = 60.0
 POOL = 5000  # utterances that batches are planned from: with few, buckets are not yet full
 CODES = QuantizerConfig(codebook_size=1024)
+GPU_CODES = QuantizerConfig(num_codebooks=16)  # of pretrain_0.6b and pretrain_2b
 GPU_BATCH_SECONDS, GPU_UTTERANCE_SECONDS, GPU_STEPS = 240, 30, 10
 
 
@@ -115,21 +116,21 @@ def step_input(lengths: list[int], *, seed: int) -> StepInput:
 # --- the models: each maps a batch to its loss -----------------------------------------------------------------------
 
 
-def quantizer() -> RandomProjectionQuantizer:
-    return RandomProjectionQuantizer(CODES, num_mel_bins=Fbank().cfg.num_mel_bins)
+def quantizer(codes: QuantizerConfig) -> RandomProjectionQuantizer:
+    return RandomProjectionQuantizer(codes, num_mel_bins=Fbank().cfg.num_mel_bins)
 
 
 class OurStep(nn.Module):
     """What encoder_pretrain runs."""
 
-    def __init__(self, cfg: ConformerConfig, *, compiled: bool = False):
+    def __init__(self, cfg: ConformerConfig, *, codes: QuantizerConfig = CODES, compiled: bool = False):
         super().__init__()
         self.model = MaskedPrediction(
             fbank=Fbank(),
             encoder=ConformerEncoder(cfg),
             mask=MaskConfig(),
-            codebook_size=CODES.codebook_size,
-            quantizer=quantizer(),
+            codebook_size=codes.codebook_size,
+            quantizer=quantizer(codes),
         )
         if compiled:
             # Layer by layer: of the whole encoder with lengths that vary, inductor fails at the strided convolutions.
@@ -165,7 +166,7 @@ class TheirStep(nn.Module):
             attn_implementation="sdpa",
         )
         self.model = Wav2Vec2BertModel(config)
-        self.fbank, self.quantizer, self.head = Fbank(), quantizer(), CodeHead(cfg.dim, CODES.codebook_size)
+        self.fbank, self.quantizer, self.head = Fbank(), quantizer(CODES), CodeHead(cfg.dim, CODES.codebook_size)
 
     def forward(self, batch: StepInput) -> Tensor:
         features_BTF, frames_B = self.fbank(batch.waveforms_BN, batch.lengths_B)
@@ -259,7 +260,8 @@ def gpu_table(cfg: ConformerConfig, *, peak_tflops: float) -> str:
         "|---|---|---|---|",
     ]
     for checkpointing in (False, True):
-        own = OurStep(dataclasses.replace(cfg, activation_checkpointing=checkpointing)).cuda().train()
+        shape = dataclasses.replace(cfg, activation_checkpointing=checkpointing)
+        own = OurStep(shape, codes=GPU_CODES).cuda().train()
         own.model.encoder.bfloat16()
         own.model.heads.bfloat16()
         batch = StepInput(*(x.cuda() if isinstance(x, Tensor) else x for x in step_input(lengths, seed=0)))
