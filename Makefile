@@ -43,6 +43,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/encoder_step.py
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache

@@ -29,7 +29,7 @@ from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
 from .converter import Converter, ConverterConfig
-from .ctc import CTCHead, CTCLoss, ctc_loss_sum
+from .ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode
 from .ctc_prefix import CTCPrefixes, JointScorer, TokenBytes
 from .decoding import DecodeConfig, Hypothesis, LLMScorer, StepScorer, decode
 from .features import Fbank, FeatureConfig
@@ -265,6 +265,13 @@ class AudioLLM(AssembledModel):
         if self.ctc_head is None:
             raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
         return ctc_loss_sum(self.ctc_head(encoder_BTD), lengths_B, targets)
+
+    @torch.no_grad()
+    def ctc_texts(self, waveforms_BN: Tensor, lengths_B: Tensor) -> list[str]:
+        """Return what the CTC head alone hears on its best path: the encoder's own ear, without the LLM."""
+        assert self.ctc_head is not None, "the model has no CTC head"
+        encoder_BTD, encoder_lengths_B = self._encode(waveforms_BN, lengths_B)
+        return [bytes_text(ids) for ids in greedy_decode(self.ctc_head(encoder_BTD), encoder_lengths_B)]
 
     # ---- decoding
 

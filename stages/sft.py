@@ -181,22 +181,24 @@ class SFT:
 
     @torch.no_grad()
     def evaluate(self, model: AudioLLM, batches: Iterable[AudioBatch]) -> dict[str, tuple[float, float]]:
-        """Loss, and word and character error rates of greedy decoding."""
-        sums = {"loss": [0.0, 0], "wer": [0.0, 0], "cer": [0.0, 0]}
+        """Loss, word and character error rates of greedy decoding, and those of the CTC head where it is trained."""
+        sums: dict[str, list[float]] = {"loss": [0.0, 0], "wer": [0.0, 0], "cer": [0.0, 0]}
+        if self.cfg.ctc_weight:
+            sums |= {"ctc_wer": [0.0, 0], "ctc_cer": [0.0, 0]}
         for batch in batches:
             if batch.keys == [STAND_IN_KEY]:
                 continue  # there is nothing in it, or nothing that could be read
             out = model(batch.waveforms_BN, batch.lengths_B, self._tokenize(batch))
             nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig())
-            texts = [
-                (self.normalize(text), self.normalize(model.processor.decode(best.ids)))
-                for text, (best, *_) in zip(batch.texts, nbests)
-            ]
-            for name, value, count in (
-                ("loss", out.loss_sum.item(), out.count),
-                ("wer", *_error_rate(texts, unit="word")),
-                ("cer", *_error_rate(texts, unit="char")),
-            ):
+            heard = {"": [model.processor.decode(best.ids) for best, *_ in nbests]}
+            if self.cfg.ctc_weight:
+                heard["ctc_"] = model.ctc_texts(batch.waveforms_BN, batch.lengths_B)
+            found = [("loss", out.loss_sum.item(), out.count)]
+            for prefix, hypotheses in heard.items():
+                texts = [(self.normalize(said), self.normalize(text)) for said, text in zip(batch.texts, hypotheses)]
+                found.append((f"{prefix}wer", *_error_rate(texts, unit="word")))
+                found.append((f"{prefix}cer", *_error_rate(texts, unit="char")))
+            for name, value, count in found:
                 sums[name][0] += value
                 sums[name][1] += count
         return {name: tuple(pair) for name, pair in sums.items()}

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seedling.model.conformer import PRESETS, ConformerConfig, ConformerEncoder, DepthwiseConv, rotary_angles, rotate
+from seedling.model.conformer import (
+    PRESETS,
+    ConformerConfig,
+    ConformerEncoder,
+    DepthwiseConv,
+    NarrowLinear,
+    rotary_angles,
+    rotate,
+)
 
 SMALL = ConformerConfig(
     num_mel_bins=13, dim=32, num_layers=2, num_heads=2, ff_mult=2, conv_kernel=5, subsampling_channels=4, dropout=0.0
@@ -181,3 +189,18 @@ def test_presets_have_the_size_of_their_name(name):
 def test_impossible_shapes_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ConformerConfig(**options)
+
+
+def test_the_narrow_linear_layer_is_a_linear_layer_in_values_and_gradients():
+    torch.manual_seed(0)
+    narrow, plain = NarrowLinear(9, 32).double(), torch.nn.Linear(9, 32).double()
+    plain.load_state_dict(narrow.state_dict())
+    x = torch.randn(2, 5, 40, 9, dtype=torch.float64)
+    weights = torch.randn(2, 5, 40, 32, dtype=torch.float64)
+    for layer in (narrow, plain):
+        (layer(x) * weights).sum().backward()
+    torch.testing.assert_close(narrow(x), plain(x))
+    for name, parameter in narrow.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, plain.get_parameter(name).grad, msg=lambda text, name=name: name + text
+        )
