@@ -52,11 +52,11 @@ class ConformerConfig:
             raise ValueError(f"encoder.dropout ({self.dropout}) must lie within 0 and 1")
 
 
-# Shapes of Seed-ASR's scaling study; width, heads and kernel of the two USM sizes (0.6B, 2B) are USM's. On one CPU core
-# the demo's 3 heads of 48 cost attention 2/3 of 4 heads of 36, and dropout's random numbers would be 15 % of a step.
+# Shapes of Seed-ASR's scaling study; width, heads and kernel of the two USM sizes (0.6B, 2B) are USM's. In the demo, on a
+# CPU, dropout's random numbers would be 15 % of a step.
 PRESETS: dict[str, ConformerConfig] = {
     "demo": ConformerConfig(
-        dim=144, num_layers=6, num_heads=3, ff_mult=2, conv_kernel=15, subsampling_channels=32, dropout=0.0
+        dim=160, num_layers=4, num_heads=4, ff_mult=2, conv_kernel=15, subsampling_channels=16, dropout=0.0
     ),
     "75M": ConformerConfig(dim=512, num_layers=12, num_heads=8),
     "0.2B": ConformerConfig(dim=640, num_layers=24, num_heads=8),
