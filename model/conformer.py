@@ -52,8 +52,8 @@ class ConformerConfig:
             raise ValueError(f"encoder.dropout ({self.dropout}) must lie within 0 and 1")
 
 
-# Shapes of Seed-ASR's scaling study; width, heads and kernel of the two USM sizes (0.6B, 2B) are USM's. In the demo, on a
-# CPU, dropout's random numbers would be 15 % of a step.
+# Shapes of Seed-ASR's scaling study; width, heads and kernel of the two USM sizes (0.6B, 2B) are USM's. In the demo, on
+# a CPU, dropout's random numbers would be 15 % of a step.
 PRESETS: dict[str, ConformerConfig] = {
     "demo": ConformerConfig(
         dim=160, num_layers=4, num_heads=4, ff_mult=2, conv_kernel=15, subsampling_channels=16, dropout=0.0
