@@ -261,7 +261,7 @@ def quick_overrides() -> list[str]:
     steps += [f"dev_{name}.limit={QUICK_UTTERANCES}" for name in DEV]
     steps += ["lm_pretrain.lm.num_layers=1", "lm_pretrain.train.max_steps=4", "lm_pretrain.train.log_every=2"]
     steps += [f"{step}.cmvn_batches=2" for step in ("untrained", "sft")]
-    return [*steps, "sft.train.max_steps=4", "sft.train.log_every=2", "sft.train.eval_every=4"]
+    return [*steps, "sft.train.max_steps=4", "sft.ctc_steps=2", "sft.train.log_every=2", "sft.train.eval_every=4"]
 
 
 def run_baselines(out: Path) -> None:
@@ -275,7 +275,7 @@ def run_baselines(out: Path) -> None:
                 continue
             print(f"\n== baseline {baseline} on {name}", flush=True)
             overrides = [f"run_dir={run_dir}", f"inputs.acllm={out / step / 'artifact'}", f"data={corpus}"]
-            run_job("evaluate", None, overrides=[*overrides, f"audio={audio}"])
+            run_job("evaluate", "evaluate_joint", overrides=[*overrides, f"audio={audio}"])
 
 
 def _baseline_dir(out: Path, baseline: str, name: str) -> Path:

@@ -30,7 +30,8 @@ from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
 from .converter import Converter, ConverterConfig
 from .ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode
-from .decoding import DecodeConfig, Hypothesis, LLMScorer, decode
+from .ctc_prefix import CTCPrefixes, JointScorer, TokenBytes
+from .decoding import DecodeConfig, Hypothesis, LLMScorer, StepScorer, decode
 from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
 from .processor import AudioLLMProcessor
@@ -91,6 +92,7 @@ class AudioLLM(AssembledModel):
             self.ctc_head = CTCHead(encoder_dim)
         self.prompt_tokens = PromptTokens(**config.prompt_tokens)
         self._processor: AudioLLMProcessor | None = None
+        self._token_bytes: TokenBytes | None = None  # made when joint decoding first needs it
         if config.acoustic_dtype == "float32":
             # Or loading would round them to the LLM's type, of which the config says `dtype`.
             self._keep_in_fp32_modules_strict = {"fbank", "encoder", "converter", "ctc_head"}
@@ -171,12 +173,16 @@ class AudioLLM(AssembledModel):
 
     def encode_speech(self, waveforms_BN: Tensor, lengths_B: Tensor) -> SpeechOutput:
         """Return speech embeddings in the LLM's type, for waveforms in [-1, 1] and their lengths in samples."""
+        encoder_BTD, encoder_lengths_B = self._encode(waveforms_BN, lengths_B)
+        speech_BSL, lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
+        return SpeechOutput(speech_BSL.to(self.llm.dtype), lengths_B, encoder_BTD, encoder_lengths_B)
+
+    def _encode(self, waveforms_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return encoder_BTD and its lengths."""
         features_BTF, frames_B = self.fbank(waveforms_BN, lengths_B)
         features_BTF = self.specaugment(features_BTF, frames_B)
         acoustic_dtype = next(self.encoder.parameters()).dtype
-        encoder_BTD, encoder_lengths_B = self.encoder(features_BTF.to(acoustic_dtype), frames_B)
-        speech_BSL, lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
-        return SpeechOutput(speech_BSL.to(self.llm.dtype), lengths_B, encoder_BTD, encoder_lengths_B)
+        return self.encoder(features_BTF.to(acoustic_dtype), frames_B)
 
     def build_prompt(self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None = None) -> list[Tensor]:
         """Return each utterance's prefix_PL, the embeddings of [instruction | context | speech], for decoding."""
@@ -228,13 +234,16 @@ class AudioLLM(AssembledModel):
         speech = self.encode_speech(waveforms, lengths)
         logits_NV, targets_N, rows_N = self._target_logits(speech, contexts_ids, transcripts_ids)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        ctc = None
+        if ctc_targets is not None:
+            ctc = self._ctc_loss(speech.encoder_BTD, speech.encoder_lengths_B, ctc_targets)
         return AudioLLMOutput(
             loss_sum=nll_N.sum(),
             count=len(targets_N),
             nll_N=nll_N,
             rows_N=rows_N,
             correct=(logits_NV.detach().argmax(-1) == targets_N).sum(),
-            ctc=self._ctc_loss(speech, ctc_targets),
+            ctc=ctc,
             logits_NV=logits_NV if return_logits else None,
         )
 
@@ -248,20 +257,21 @@ class AudioLLM(AssembledModel):
         )
         return logits_NV, targets.tokens_N, targets.rows_N
 
-    def _ctc_loss(self, speech: SpeechOutput, targets: list[list[int]] | None) -> CTCLoss | None:
-        if targets is None:
-            return None
+    def ctc_loss(self, waveforms_BN: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:
+        """Return the CTC head's loss alone: neither converter nor LLM runs."""
+        return self._ctc_loss(*self._encode(waveforms_BN, lengths_B), targets)
+
+    def _ctc_loss(self, encoder_BTD: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:
         if self.ctc_head is None:
             raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
-        return ctc_loss_sum(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B, targets)
+        return ctc_loss_sum(self.ctc_head(encoder_BTD), lengths_B, targets)
 
     @torch.no_grad()
     def ctc_texts(self, waveforms_BN: Tensor, lengths_B: Tensor) -> list[str]:
         """Return what the CTC head alone hears on its best path: the encoder's own ear, without the LLM."""
         assert self.ctc_head is not None, "the model has no CTC head"
-        speech = self.encode_speech(waveforms_BN, lengths_B)
-        log_probs_BTV = self.ctc_head(speech.encoder_BTD)
-        return [bytes_text(ids) for ids in greedy_decode(log_probs_BTV, speech.encoder_lengths_B)]
+        encoder_BTD, frames_B = self._encode(waveforms_BN, lengths_B)
+        return [bytes_text(ids) for ids in greedy_decode(self.ctc_head(encoder_BTD), frames_B)]
 
     # ---- decoding
 
@@ -278,10 +288,33 @@ class AudioLLM(AssembledModel):
         if self.training:
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
         config = config or DecodeConfig()
-        prefixes = self.build_prompt(self.encode_speech(waveforms, lengths), contexts_ids)
+        speech = self.encode_speech(waveforms, lengths)
+        prefixes = self.build_prompt(speech, contexts_ids)
         sample_rate = self.fbank.cfg.sample_rate
         limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
-        return decode(LLMScorer(self.llm), prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+        scorer = self._step_scorer(speech, config)
+        return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    def _step_scorer(self, speech: SpeechOutput, config: DecodeConfig) -> StepScorer:
+        scorer = LLMScorer(self.llm)
+        if not config.ctc_weight:
+            return scorer
+        if self.ctc_head is None:
+            raise ValueError(
+                f"decode.ctc_weight is {config.ctc_weight} and the model has no CTC head; set it to 0, or train with "
+                "ctc_weight above 0"
+            )
+        if self._token_bytes is None or self._token_bytes.bytes_VY.device != self.device:
+            vocabulary = self.llm.get_input_embeddings().num_embeddings
+            self._token_bytes = TokenBytes(self.processor.tokenizer, vocab_size=vocabulary, device=self.device)
+        return JointScorer(
+            scorer,
+            CTCPrefixes(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B),
+            tokens=self._token_bytes,
+            end=self.prompt_tokens.end,
+            weight=config.ctc_weight,
+            candidates=config.ctc_candidates,
+        )
 
     def generate(
         self,

@@ -33,6 +33,8 @@ class DecodeConfig:
     The bound by seconds keeps silence and noise from growing into pages of text. `length_penalty` ranks finished beams
     by score / tokens ** length_penalty, as in transformers: 0 ranks by probability, above it favours longer ones.
     `max_repeats` = n forbids a phrase of up to 16 tokens to come more than n times in a row; 0 allows anything.
+    `ctc_weight` is the CTC head's share of every token's score, for `ctc_candidates` tokens at each step
+    (model/ctc_prefix.py). 0 leaves CTC out, and then the score is the LLM's log-probability alone.
     """
 
     beam_size: int = 1
@@ -43,12 +45,20 @@ class DecodeConfig:
     length_penalty: float = 1.0
     stop: str = "likely"
     max_repeats: int = 0
+    ctc_weight: float = 0.0
+    ctc_candidates: int = 20
 
     def __post_init__(self):
         if not 1 <= self.nbest <= self.beam_size:
             raise ValueError(f"decode.nbest ({self.nbest}) must lie within 1 and decode.beam_size ({self.beam_size})")
         if self.max_new_tokens < 1:
             raise ValueError(f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1: the end token")
+        if not 0 <= self.ctc_weight < 1:
+            raise ValueError(f"decode.ctc_weight ({self.ctc_weight}) must be at least 0 and below 1")
+        if self.ctc_candidates < self.beam_size:
+            raise ValueError(
+                f"decode.ctc_candidates ({self.ctc_candidates}) must be at least decode.beam_size ({self.beam_size})"
+            )
         if self.stop not in Stop.__args__:
             raise ValueError(f"decode.stop ({self.stop!r}) must be one of {', '.join(Stop.__args__)}")
 

@@ -52,10 +52,12 @@ class Recogniser:
         *,
         beam_size: int = 1,
         nbest: int = 1,
+        ctc_weight: float = 0.0,
     ) -> list[Transcript]:
         """Return one transcript for each file or mono float array at `sample_rate`, in order.
 
-        `context` is one text for all or one for each. Silence gives empty text. AudioError names an unreadable file.
+        `context` is one text for all or one for each; `ctc_weight` is the CTC head's share in the search. Silence gives
+        empty text. AudioError names an unreadable file.
         """
         items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         contexts = [context] * len(items) if context is None or isinstance(context, str) else list(context)
@@ -69,7 +71,7 @@ class Recogniser:
             for i, w in enumerate(waveforms)
             if is_silent(w, self.sample_rate)
         }
-        config = DecodeConfig(beam_size=beam_size, nbest=nbest)
+        config = DecodeConfig(beam_size=beam_size, nbest=nbest, ctc_weight=ctc_weight)
         for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
             found.update(self._decode(group, waveforms, contexts, config))
         return [found[i] for i in range(len(items))]

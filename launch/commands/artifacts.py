@@ -27,6 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transcribe_.add_argument("files", nargs="+", help="wav, flac, ogg or mp3 of any rate; patterns such as 'a/*.wav'")
     transcribe_.add_argument("--context", help="words that may occur, such as a list of names")
     transcribe_.add_argument("--beam-size", type=int, default=1, help="1 (default) is greedy")
+    transcribe_.add_argument("--ctc-weight", type=float, default=0.0, help="share of the CTC head in the search (0)")
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
@@ -76,7 +77,11 @@ def transcribe(arguments: argparse.Namespace) -> int:
         failed += len(files) - len(readable)
         waveforms = [waveform for _, waveform in readable]
         hypotheses = (
-            recogniser.transcribe(waveforms, arguments.context, beam_size=arguments.beam_size) if readable else []
+            recogniser.transcribe(
+                waveforms, arguments.context, beam_size=arguments.beam_size, ctc_weight=arguments.ctc_weight
+            )
+            if readable
+            else []
         )
         for (file, _), hypothesis in zip(readable, hypotheses, strict=True):
             print(_line(file, hypothesis, as_json=arguments.json), flush=True)

@@ -52,6 +52,7 @@ class TrainConfig:
     lr: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
     schedule: str = "cosine"
+    hold_ratio: float = 0.0  # of the steps after the warm-up that keep the peak before the schedule's decay begins
     min_lr_ratio: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
@@ -75,6 +76,8 @@ class TrainConfig:
         require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("train.schedule", self.schedule, SCHEDULES)
         require_choice("train.resume", self.resume, RESUME_MODES)
+        if not 0 <= self.hold_ratio < 1:
+            raise ValueError(f"train.hold_ratio is {self.hold_ratio}; it must be at least 0 and below 1")
         for name in ("micro_batch_seconds", "global_batch_seconds", "log_every", "keep_last"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be greater than 0")

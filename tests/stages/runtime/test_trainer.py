@@ -126,6 +126,11 @@ def test_schedules_warm_up_and_end_where_they_should(schedule, expected):
     assert [lr_factor(s, total_steps=12, cfg=cfg) for s in (0, 1, 2, 7, 12)] == pytest.approx(expected)
 
 
+def test_the_peak_is_held_before_it_falls():
+    cfg = TrainConfig(warmup_steps=2, schedule="linear", hold_ratio=0.5)
+    assert [lr_factor(s, total_steps=12, cfg=cfg) for s in (1, 2, 7, 9.5, 12)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
 def test_seeds_differ_between_micro_batches_and_between_runs():
     def draw(seed, index):
         seed_forward(seed, index)
