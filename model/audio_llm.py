@@ -284,16 +284,21 @@ class AudioLLM(AssembledModel):
         contexts_ids: list[list[int] | None] | None = None,
         config: DecodeConfig | None = None,
     ) -> list[list[Hypothesis]]:
-        """Return the N-best hypotheses of each utterance, best first."""
+        """Return the N-best hypotheses of each utterance, best first; `config` None: by the model's own settings."""
         if self.training:
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
-        config = config or DecodeConfig()
+        config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
         prefixes = self.build_prompt(speech, contexts_ids)
         sample_rate = self.fbank.cfg.sample_rate
         limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
         scorer = self._step_scorer(speech, config)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    @property
+    def decode_config(self) -> DecodeConfig:
+        """How the model transcribes where nothing else is asked for."""
+        return DecodeConfig(**self.config.decode)
 
     def _step_scorer(self, speech: SpeechOutput, config: DecodeConfig) -> StepScorer:
         scorer = LLMScorer(self.llm)

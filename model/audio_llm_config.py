@@ -13,7 +13,8 @@ class AudioLLMConfig(PreTrainedConfig):
     """`text_config` is the LLM's own config. `prompt_tokens` are the ids of the prompt's fixed parts.
 
     `ctc` says whether there is a CTC head on the encoder. `acoustic_dtype` is the storage type of encoder, converter
-    and CTC head, which may differ from the LLM's (`dtype`).
+    and CTC head, which may differ from the LLM's (`dtype`). `decode` are the settings (model/decoding.py) by which it
+    transcribes where nothing else is asked for.
     """
 
     model_type = "seedling_acllm"
@@ -31,6 +32,7 @@ class AudioLLMConfig(PreTrainedConfig):
         prompt_tokens: dict | None = None,
         ctc: bool = False,
         acoustic_dtype: str = "float32",
+        decode: dict | None = None,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -46,6 +48,7 @@ class AudioLLMConfig(PreTrainedConfig):
         self.prompt_tokens = prompt_tokens or {}
         self.ctc = ctc
         self.acoustic_dtype = acoustic_dtype
+        self.decode = decode or {}
         if text_config is not None:
             # Whoever asks the outer config about the vocabulary or tied weights means the LLM's.
             kwargs["tie_word_embeddings"] = getattr(text_config, "tie_word_embeddings", False)

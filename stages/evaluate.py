@@ -35,7 +35,7 @@ MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 @dataclass(kw_only=True)
 class EvaluateConfig(StageConfig):
     data: str  # folder of shards
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    decode: DecodeConfig | None = None  # None: the recogniser's own; what is set here replaces all of it
     normalizer: str = "whisper-basic"
     unit: str = ""  # word, char or mixed; empty: the normaliser's own
     equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
@@ -65,6 +65,7 @@ class Evaluate:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
         model = AudioLLM.from_pretrained(inputs["acllm"].path, dtype=dtype).to(world.device).eval()
         inputs["acllm"].require(acllm_facts(model), wanted_by="what was loaded from it")
+        cfg.decode = cfg.decode or model.decode_config
         shares = world.gather(list(self._decode(cfg, model, world)))
         if not world.is_main:
             return

@@ -58,6 +58,7 @@ class SFTConfig(TrainingStageConfig):
     # Steps at the start that train the encoder by CTC alone. There is nothing yet for an LLM to listen to, and it would
     # cost a third of the time of a small encoder's step.
     ctc_steps: int = 0
+    decode: DecodeConfig = field(default_factory=DecodeConfig)  # the recogniser's own settings, saved with it
     cmvn_batches: int = 20  # micro-batches of training audio that the features' mean and variance are taken from
     normalizer: str = "whisper-basic"  # for the error rate during training
 
@@ -68,6 +69,11 @@ class SFTConfig(TrainingStageConfig):
         if self.ctc_steps and not self.ctc_weight:
             raise ValueError(
                 f"ctc_steps is {self.ctc_steps} and ctc_weight is 0: nothing would learn; set ctc_weight=0.5"
+            )
+        if self.decode.ctc_weight and not self.ctc_weight:
+            raise ValueError(
+                f"decode.ctc_weight is {self.decode.ctc_weight} and ctc_weight is 0, so there is no CTC head to decode "
+                "with; set ctc_weight=0.5, or decode.ctc_weight=0"
             )
         require_same_bins(self.features, self.encoder)
 
@@ -86,6 +92,7 @@ class SFT:
     def build(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
         self.cfg, self.normalize = cfg, get_normalizer(cfg.normalizer)
         model = self._continued(cfg, inputs) if "acllm" in inputs else self._fresh(cfg, inputs)
+        model.config.decode = asdict(cfg.decode)
         self.tokenizer = model.processor.tokenizer
         if cfg.llm_training == "lora":
             add_lora(model.llm, cfg.lora)

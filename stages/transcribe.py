@@ -5,7 +5,7 @@ recogniser.transcribe(["a.wav", "b.mp3"])[0].text
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,14 @@ class Recogniser:
         audio: Sequence[str | Path | np.ndarray] | str | Path | np.ndarray,
         context: str | Sequence[str | None] | None = None,
         *,
-        beam_size: int = 1,
-        nbest: int = 1,
-        ctc_weight: float = 0.0,
+        beam_size: int | None = None,
+        nbest: int | None = None,
+        ctc_weight: float | None = None,
     ) -> list[Transcript]:
         """Return one transcript for each file or mono float array at `sample_rate`, in order.
 
-        `context` is one text for all or one for each; `ctc_weight` is the CTC head's share in the search. Silence gives
-        empty text. AudioError names an unreadable file.
+        `context` is one text for all or one for each. The settings of the search (model/decoding.py) are the
+        recogniser's own where they are None. Silence gives empty text. AudioError names an unreadable file.
         """
         items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         contexts = [context] * len(items) if context is None or isinstance(context, str) else list(context)
@@ -71,7 +71,8 @@ class Recogniser:
             for i, w in enumerate(waveforms)
             if is_silent(w, self.sample_rate)
         }
-        config = DecodeConfig(beam_size=beam_size, nbest=nbest, ctc_weight=ctc_weight)
+        given = {"beam_size": beam_size, "nbest": nbest, "ctc_weight": ctc_weight}
+        config = replace(self.model.decode_config, **{name: v for name, v in given.items() if v is not None})
         for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
             found.update(self._decode(group, waveforms, contexts, config))
         return [found[i] for i in range(len(items))]

@@ -16,6 +16,7 @@ from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.model.audio_llm import AudioLLM
 from seedling.model.converter import Converter
+from seedling.model.decoding import DecodeConfig
 from seedling.stages.runtime.artifacts import lineage, load_artifact, load_inputs
 from seedling.stages.runtime.trainer import Trainer
 from seedling.stages.runtime.world import init_world
@@ -123,6 +124,35 @@ def test_without_ctc_there_is_no_head_and_its_learning_rate_is_said_to_have_no_e
     assert "train.lr.ctc_head has no effect" in capsys.readouterr().out
     (line,) = [line for line in tiny_runs.read_lines(trained.run_dir / "metrics.jsonl") if "train/loss" in line]
     assert not [name for name in line if "ctc" in name]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize(
+    ("ctc_steps", "learnt"), [(3, {"encoder", "ctc_head"}), (2, {*["encoder", "ctc_head", "converter", "llm"]})]
+)
+def test_steps_of_ctc_alone_leave_converter_and_llm_as_they_are(trainer, zero_stage, ctc_steps, learnt):
+    trained = trainer(
+        f"ctc_steps={ctc_steps}", "llm_training=full", "train.weight_decay=0", f"train.zero_stage={zero_stage}"
+    )
+    before = state(trained.engine.model)
+    trained.fit()
+    changed = tiny_runs.differing(before, trained.engine.model.state_dict())
+    assert {name.split(".")[0] for name in changed} == learnt
+    lines = [line for line in tiny_runs.read_lines(trained.run_dir / "metrics.jsonl") if "train/loss" in line]
+    assert ["train/nll" in line for line in lines] == [step >= ctc_steps for step in range(len(lines))]
+
+
+def test_the_recogniser_keeps_its_own_settings_of_the_search(trainer):
+    trained = trainer("train.max_steps=1", "decode.beam_size=3", "decode.ctc_weight=0.4")
+    trained.fit()
+    model = AudioLLM.from_pretrained(trained.export().path).eval()
+    assert (model.decode_config.beam_size, model.decode_config.ctc_weight) == (3, 0.4)
+    wave = torch.from_numpy(tiny_runs.speak("call Marc stop"))[None]
+    own, same, greedy = (
+        model.transcribe_ids(wave, torch.tensor([wave.shape[1]]), config=config)[0]
+        for config in (None, DecodeConfig(beam_size=3, ctc_weight=0.4), DecodeConfig())
+    )
+    assert own == same != greedy
 
 
 def test_the_normaliser_counts_exactly_the_tokens_that_have_a_loss(trainer):
@@ -276,6 +306,8 @@ def test_audio_is_resampled_to_the_rate_of_the_recogniser_gone_on_from(short, ll
         (["inputs.lm=LLM"], "nearest: inputs.llm"),
         (["inputs.llm=LLM", "llm_training=some"], "frozen, lora, full"),
         (["llm_training=lora", "lora.r=0"], "lora.r is 0"),
+        (["inputs.llm=LLM", "ctc_weight=0", "ctc_steps=3"], "ctc_steps is 3"),
+        (["inputs.llm=LLM", "ctc_weight=0", "decode.ctc_weight=0.3"], "decode.ctc_weight is 0.3"),
         (["inputs.llm=LLM", "data.train=[]"], "data.train is empty"),
         (["inputs.llm=LLM", "data.train=[/nowhere]"], "/nowhere"),
         (["inputs.llm=LLM", "train.micro_batch_seconds=0.3", "train.global_batch_seconds=0.6"], "within the limits"),
