@@ -55,7 +55,7 @@ class DecodeConfig:
             raise ValueError(f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1: the end token")
         if not 0 <= self.ctc_weight < 1:
             raise ValueError(f"decode.ctc_weight ({self.ctc_weight}) must be at least 0 and below 1")
-        if self.ctc_candidates < self.beam_size:
+        if self.ctc_weight and self.ctc_candidates < self.beam_size:
             raise ValueError(
                 f"decode.ctc_candidates ({self.ctc_candidates}) must be at least decode.beam_size ({self.beam_size})"
             )

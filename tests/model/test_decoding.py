@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from seedling.model.ctc_prefix import token_bytes
 from seedling.model.decoding import DecodeConfig, Hypothesis, LLMScorer, decode
 
 END = 1
@@ -135,16 +136,48 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(family, beam_size
 
 
 def test_the_text_of_speech_does_not_depend_on_its_batch(tiny_audio_llm, noise):
-    model, (waveforms, lengths) = tiny_audio_llm("qwen3"), noise([0.9, 0.3, 1.6, 0.5])
+    model, (waveforms, lengths) = tiny_audio_llm("qwen3", ctc=True), noise([0.9, 0.3, 1.6, 0.5])
     make_end_likely(model.llm, by=3.0)
     contexts = [None, [40, 41], None, [42]]
-    for config in (DecodeConfig(), DecodeConfig(beam_size=3, nbest=3)):
+    for config in (
+        DecodeConfig(),
+        DecodeConfig(beam_size=3, nbest=3),
+        DecodeConfig(beam_size=3, nbest=3, ctc_weight=0.4),
+        DecodeConfig(ctc_weight=0.4),
+    ):
         together = model.transcribe_ids(waveforms, lengths, contexts_ids=contexts, config=config)
         for row, n in enumerate(lengths.tolist()):
             (alone,) = model.transcribe_ids(
                 waveforms[row : row + 1, :n], lengths[row : row + 1], contexts_ids=[contexts[row]], config=config
             )
             assert [h.ids for h in alone] == [h.ids for h in together[row]]
+
+
+def test_a_joint_score_is_the_llms_and_torchs_ctc_loss_by_their_weights(tiny_audio_llm, noise):
+    model, batch = tiny_audio_llm("llama", ctc=True), noise([0.9, 0.4, 1.2])
+    make_end_likely(model.llm, by=3.0)
+    config = DecodeConfig(beam_size=4, max_new_tokens=60, ctc_weight=0.3)
+    found = [nbest[0] for nbest in model.transcribe_ids(*batch, config=config)]
+    assert all(h.ids and h.complete for h in found)
+    spelled = token_bytes(model.processor.tokenizer)
+    with torch.no_grad():
+        out = model(*batch, [h.ids for h in found])
+        speech = model.encode_speech(*batch)
+        log_probs_BTW = model.ctc_head(speech.encoder_BTD)
+    for row, h in enumerate(found):
+        text = b"".join(spelled[i] for i in h.ids)
+        text = text[1:] if text[:1] == b" " else text
+        frames = int(speech.encoder_lengths_B[row])
+        ctc = torch.nn.functional.ctc_loss(
+            log_probs_BTW[row, :frames, None],
+            torch.tensor([list(text)], dtype=torch.long),
+            torch.tensor([frames]),
+            torch.tensor([len(text)]),
+            blank=256,
+            reduction="sum",
+        )
+        expected = -0.7 * out.nll_N[out.rows_N == row].sum().item() - 0.3 * ctc.item()
+        assert math.isclose(h.score, expected, abs_tol=2e-3)
 
 
 def test_the_score_of_decoding_is_minus_the_loss_of_training(tiny_audio_llm, noise):
