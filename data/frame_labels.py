@@ -120,6 +120,11 @@ def count_codes(folder: Path, names: Sequence[str], *, codes: int) -> np.ndarray
     return counts
 
 
+def count_unlabelled(folder: Path, name: str) -> int:
+    """Return how many utterances of a label shard have no labels."""
+    return int((np.load(folder / f"{name}.rows.npy", mmap_mode="r")["frames"] == 0).sum())
+
+
 @dataclass
 class FrameLabels:
     """Reads the frame labels of a folder. Cheap to pickle: what is mapped is mapped again."""
@@ -177,7 +182,7 @@ class FrameLabels:
         if at is None:
             raise StaleLabels(
                 f"{where}: its audio has changed since its frame labels in {self.folder} were made; run cluster_labels "
-                "again on this corpus"
+                "again on this corpus with resume=never (in a pipeline: --from its step)"
             )
         for unit, wanted, found in (
             ("samples", samples, int(at.rows["samples"][row])),

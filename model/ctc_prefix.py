@@ -6,7 +6,7 @@ https://ieeexplore.ieee.org/document/8068205, algorithm 2). It keeps an LLM from
 LLM that knows the language corrects what CTC misspells. A small LLM gains most; 0 switches it off.
 
 The recursion over frames is linear, so it is two cumulative sums in the log domain for each byte, over all rows,
-candidates and frames at once. Not every token is scored: of the tokens that the LLM finds likeliest (GLANCED of them)
+candidates and frames at once. Not every token is scored: of the tokens that the LLM finds likeliest (400 of them)
 CTC looks at the first two bytes, which many of them share; the best `candidates` by that are scored whole. An LLM that
 hardly listens does not have the word that was said among its first 20 or 40.
 
@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .decoding import StepScorer
-
-GLANCED = 400
+from .decoding import MOST_CTC_CANDIDATES, StepScorer
 
 
 class Prefix(NamedTuple):
@@ -107,11 +105,12 @@ class TokenBytes:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Return the UTF-8 bytes of every token of a byte-level or SentencePiece vocabulary; b"" for special ones."""
-    special = set(tokenizer.all_special_ids)
+    # Added tokens stand as they are written: DeepSeek's `<｜begin▁of▁sentence｜>` does not make it SentencePiece.
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    table = _byte_level_table()
-    byte_level = not any("▁" in name for name in names)
-    return [b"" if i in special else _bytes_of(name, table if byte_level else None) for i, name in enumerate(names)]
+    ordinary = {i: name for i, name in enumerate(names) if i not in added and name is not None}
+    table = None if any("▁" in name for name in ordinary.values()) else _byte_level_table()
+    return [_bytes_of(ordinary[i], table) if i in ordinary else b"" for i in range(len(names))]
 
 
 def _bytes_of(name: str, table: dict[str, int] | None) -> bytes:
@@ -163,7 +162,7 @@ class JointScorer:
     def _joined(self, llm_RV: Tensor) -> Tensor:
         """Return the joint scores_RV; -inf for all but the candidates and the end token."""
         R, V = llm_RV.shape
-        llm_RP, token_RP = llm_RV.topk(min(GLANCED, V), dim=-1)
+        llm_RP, token_RP = llm_RV.topk(min(MOST_CTC_CANDIDATES, V), dim=-1)
         rows_N = torch.arange(R, device=llm_RV.device).repeat_interleave(token_RP.shape[1])
         bytes_NY, lengths_N = self._spoken(rows_N, token_RP.flatten())
         begun, place_N = self._first_two_bytes(rows_N, bytes_NY, lengths_N)

@@ -23,6 +23,7 @@ from .llm import logits_at
 # When is a full N-best list final? "likely": no running beam would beat the worst of it at its present length
 # (early_stopping=False in transformers). "first": at once (True). "never": none could, at any length up to the limit.
 Stop = Literal["likely", "first", "never"]
+MOST_CTC_CANDIDATES = 400  # as many tokens as CTC looks at (model/ctc_prefix.py)
 LONGEST_PHRASE = 16  # tokens of a phrase that the repetition guard looks for
 
 
@@ -55,9 +56,10 @@ class DecodeConfig:
             raise ValueError(f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1: the end token")
         if not 0 <= self.ctc_weight < 1:
             raise ValueError(f"decode.ctc_weight ({self.ctc_weight}) must be at least 0 and below 1")
-        if self.ctc_weight and self.ctc_candidates < self.beam_size:
+        if self.ctc_weight and not self.beam_size <= self.ctc_candidates <= MOST_CTC_CANDIDATES:
             raise ValueError(
-                f"decode.ctc_candidates ({self.ctc_candidates}) must be at least decode.beam_size ({self.beam_size})"
+                f"decode.ctc_candidates ({self.ctc_candidates}) must be at least decode.beam_size ({self.beam_size}) "
+                f"and at most {MOST_CTC_CANDIDATES}"
             )
         if self.stop not in Stop.__args__:
             raise ValueError(f"decode.stop ({self.stop!r}) must be one of {', '.join(Stop.__args__)}")
@@ -69,7 +71,8 @@ class DecodeConfig:
 
 @dataclass
 class Hypothesis:
-    """One transcript. `score` is the sum of log-probabilities, the end token's among them."""
+    """One transcript. `score` is the sum of its tokens' scores, the end token's among them: log-probabilities of the
+    LLM, or their mean with CTC's by `ctc_weight`."""
 
     ids: list[int] = field(default_factory=list)  # without the end token
     score: float = 0.0

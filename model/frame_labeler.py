@@ -59,7 +59,10 @@ class FrameLabeler(Float32Buffers):
     @torch.no_grad()
     def forward(self, waveforms_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels_BT, int64 and NO_LABEL past each utterance's end, and lengths_B in frames."""
-        h_BTD, lengths_B = self.encoder(waveforms_BN, lengths_B)
+        with torch.autocast(
+            waveforms_BN.device.type, enabled=False
+        ):  # bfloat16 would put one frame in thirty elsewhere
+            h_BTD, lengths_B = self.encoder(waveforms_BN, lengths_B)
         valid_BT = valid_frames(lengths_B, h_BTD.shape[1])[..., 0]
         labels_BT = torch.full(valid_BT.shape, NO_LABEL, dtype=torch.int64, device=h_BTD.device)
         labels_BT[valid_BT] = nearest_centroids(h_BTD[valid_BT], self.centroids_KD)[0]

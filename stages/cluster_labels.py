@@ -28,6 +28,7 @@ from ..data.frame_labels import (
     UtteranceLabels,
     audio_hash,
     count_codes,
+    count_unlabelled,
     is_written,
     label_shard_name,
     write_label_index,
@@ -208,9 +209,11 @@ class ClusterLabels:
         bad = 0
         for number in mine:
             if not is_written(folder, names[number]):
-                labels, unusable = self._label_shard(labeler, corpus.shards[number])
+                labels = self._label_shard(labeler, corpus.shards[number])
                 write_label_shard(folder, names[number], shard=corpus.shards[number], labels=labels)
-                bad += unusable
+            # Counted in what is written, so that a run that goes on judges the shards of the one before as well.
+            refused = sum(1 for _ in self._planned(labeler, corpus.shards[number]).plan.refused())
+            bad += count_unlabelled(folder, names[number]) - refused
             if self.world.is_main:
                 print(f"labelled {names[number]} ({number + 1} of {len(names)})", flush=True)
         bad = sum(self.world.gather(bad))
@@ -223,9 +226,12 @@ class ClusterLabels:
         counts = count_codes(folder, [names[number] for number in mine], codes=self.cfg.clusters)
         return self.world.sum_integers(torch.from_numpy(counts)), names
 
-    def _label_shard(self, labeler: FrameLabeler, shard: Path) -> tuple[dict[int, UtteranceLabels], int]:
-        """Return {row: labels} of a shard, batched by its own plan, and the number of utterances that were unusable."""
-        data = heldout(str(shard), self.cfg.data.limits, **self._reading(labeler.encoder))
+    def _planned(self, labeler: FrameLabeler, shard: Path) -> PlannedBatches:
+        return heldout(str(shard), self.cfg.data.limits, **self._reading(labeler.encoder))
+
+    def _label_shard(self, labeler: FrameLabeler, shard: Path) -> dict[int, UtteranceLabels]:
+        """Return {row: labels} of a shard, batched by its own plan; utterances that are unusable have none."""
+        data = self._planned(labeler, shard)
         rows, reader = data.dataset.corpus.index(0), PayloadReader()
         labels: dict[int, UtteranceLabels] = {}
         refused = list(data.plan.refused())
@@ -239,7 +245,7 @@ class ClusterLabels:
             for (_, row), codes_T, frames, samples in lengths:
                 audio = reader.read(shard, offset=int(rows["audio_offset"][row]), size=int(rows["audio_size"][row]))
                 labels[row] = UtteranceLabels(audio_hash(audio), samples, codes_T[:frames])
-        return labels, len(rows) - len(refused) - len(labels)
+        return labels
 
 
 def chosen_layer(cfg: ClusterLabelsConfig, inputs: dict[str, Artifact]) -> int:
@@ -259,7 +265,9 @@ def chosen_layer(cfg: ClusterLabelsConfig, inputs: dict[str, Artifact]) -> int:
 
 def what_decides_the_centroids(cfg: ClusterLabelsConfig) -> dict[str, str]:
     """Return what, beside the encoder, a k-means that is gone on from must have been started with."""
-    settings = {name: getattr(cfg, name) for name in ("clusters", "sample_frames", "sample_share", "batch_seconds")}
+    settings = {
+        name: getattr(cfg, name) for name in ("clusters", "sample_frames", "sample_share", "batch_seconds", "tolerance")
+    }
     return {
         "data.train": Corpus.open(cfg.data.train).fingerprint,
         "settings": json.dumps({**settings, "seed": cfg.seed, "limits": asdict(cfg.data.limits)}),

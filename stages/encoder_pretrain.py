@@ -80,11 +80,10 @@ class MaskedAudio(Dataset):
         lengths_B = ConformerEncoder.output_lengths(self.fbank.output_lengths(batch.lengths_B))
         seed = micro_batch_seed(self.seed, batch.index, purpose="mask")
         mask_BL = draw_spans(lengths_B, self.mask, seed=seed)
-        if batch.labels_BT is not None:
-            if batch.keys == [STAND_IN_KEY]:
-                mask_BL = torch.zeros_like(mask_BL)  # nothing in it has a label
-            else:
-                _require_equal_lengths(batch, lengths_B)
+        if batch.keys == [STAND_IN_KEY]:
+            mask_BL = torch.zeros_like(mask_BL)  # there is nothing in it to learn
+        elif batch.labels_BT is not None:
+            _require_equal_lengths(batch, lengths_B)
         masked_M = mask_BL.flatten().nonzero()[:, 0]
         return MaskedBatch(**vars(batch), mask_BL=mask_BL, masked_M=masked_M)
 
@@ -136,7 +135,7 @@ class EncoderPretrain:
         given.require_unchanged_inputs(wanted_by="stage encoder_pretrain")
         self.num_codes = given.facts["clusters"]
         if self.cfg.labels == "sidecar":
-            self.sidecar = FrameLabels.open(given.path / "labels")
+            self.sidecar = FrameLabels.open(given.path / "labels", made_by=given.facts["encoder_manifest"])
         elif not _on_meta():
             # No part of the model: DeepSpeed would cast it to bfloat16, and its labels would be others.
             self.labeler = FrameLabeler.from_pretrained(given.path)

@@ -193,6 +193,12 @@ def _name(layer: int) -> str:
 
 def errors_by_layer(metrics: dict[str, float], valid: str, layers: list[int]) -> dict[int, dict[str, float]]:
     """Return {layer: {"wer", "cer", "loss"}} of a validation set from the trainer's metrics."""
+    absent = [n for n in layers if any(f"valid/{valid}/{_name(n)}/{metric}" not in metrics for metric in METRICS)]
+    if absent:
+        raise ValueError(
+            f"data.valid.{valid} has no utterance with a usable text, so layers cannot be compared on it; repair it "
+            "(`seedling check-data`) or leave it out"
+        )
     return {n: {metric: metrics[f"valid/{valid}/{_name(n)}/{metric}"] for metric in METRICS} for n in layers}
 
 

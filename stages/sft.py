@@ -92,7 +92,8 @@ class SFT:
     def build(self, cfg: SFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
         self.cfg, self.normalize = cfg, get_normalizer(cfg.normalizer)
         model = self._continued(cfg, inputs) if "acllm" in inputs else self._fresh(cfg, inputs)
-        model.config.decode = asdict(cfg.decode)
+        if "acllm" not in inputs or cfg.decode != DecodeConfig():
+            model.config.decode = asdict(cfg.decode)  # else the recogniser gone on from keeps its own
         self.tokenizer = model.processor.tokenizer
         if cfg.llm_training == "lora":
             add_lora(model.llm, cfg.lora)

@@ -5,6 +5,8 @@ from typing import Any
 
 SHOWN = 5  # bad utterances of a micro-batch
 
+LATE = 2**40  # index of a micro-batch that comes after any phase of a run
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add the parsers of this family."""
@@ -117,7 +119,8 @@ def check_set(title: str, planned: Any, stage: Any) -> tuple[Any, Any]:
     if summary.num_refused:
         first = summary.refused[0]
         print(f"  refused by the limits: {summary.num_refused:,}, the first {first.key}: {first.reason}")
-    batch = planned.dataset[summary.largest]
+    # An index beyond any stage's first steps, which may use a part of the model only.
+    batch = planned.dataset[summary.largest._replace(index=LATE)]
     print(f"  dearest micro-batch: {batch.amount}, normaliser {stage.count(batch):,}, {len(batch.bad)} bad")
     for bad in batch.bad[:SHOWN]:
         print(f"    {bad}")

@@ -134,6 +134,12 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
             f"this run has {now.world_size}; start {state.world_size} processes, or {away}. "
             "Stage 0 resumes on any number"
         )
+    optimizers = [config.get("train", {}).get("optimizer", "adamw") for config in (state.config, now.config)]
+    if optimizers[0] != optimizers[1]:
+        raise ValueError(
+            f"{checkpoint}: holds the state of {optimizers[0]}, this run's train.optimizer is {optimizers[1]}; set "
+            f"train.optimizer={optimizers[0]}, or {away}"
+        )
     if problem := misfit(state.shapes, now.shapes):
         raise ValueError(f"{checkpoint}: {problem} ({why}); set that back, or {away}")
     if state.world_size == now.world_size and state.frozen_digests != now.frozen_digests:

@@ -142,9 +142,15 @@ class Engine:
         if self.zero_stage:
             self.ds.step()
             return float(self.ds.get_global_grad_norm()), self.ds.was_step_applied()
-        grads = [p.grad for p in self.trainable if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        present = [p for p in self.trainable if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([p.grad for p in present]))
+        norm = torch.linalg.vector_norm(norms)
         applied = bool(torch.isfinite(norm))
+        for p, size in zip(present, norms.tolist()):
+            if size == 0:
+                # A part that took no part. Alone it has no gradient, among ranks DeepSpeed makes it zeros; either way
+                # it must not decay nor count a step.
+                p.grad = None
         if not applied:
             self.ds.zero_grad()  # AdamW passes over parameters without a gradient: weights and state stay
         elif self.cfg.grad_clip:

@@ -267,10 +267,14 @@ class Trainer:
             self.log.say(f"train.lr.{name} has no effect: no trainable parameter is in that group")
 
     def dry_run(self) -> None:
-        """Run the largest planned micro-batch before step 1, so that what does not fit into memory fails now."""
+        """Run the largest planned micro-batch before step 1, so that what does not fit into memory fails now.
+
+        It is given the last index of the run: a stage may begin with steps that use a part of the model only.
+        """
         if not self.train.dry_run:
             return
-        batch = self.data.dataset[self.summary.largest].to(self.world.device)
+        last = self.total_steps * self.train.micro_batches - 1
+        batch = self.data.dataset[self.summary.largest._replace(index=last)].to(self.world.device)
         took = self.engine.dry_run(batch)
         self.log.say(
             f"dry run of the largest micro-batch: {batch.amount}, "

@@ -141,8 +141,14 @@ def test_tokens_of_byte_level_and_sentencepiece_vocabularies_are_the_bytes_of_th
         assert b"".join(spelled[i] for i in ids) == (" " + text).encode()
     assert all(spelled[i] == b"" for i in tokenizer.all_special_ids)
 
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁turn｜>"]})
+    assert token_bytes(tokenizer) == [*spelled, b""]
+
     class Pieces:
         all_special_ids = [0]
+
+        def get_added_vocab(self):
+            return {"<s>": 0}
 
         def __len__(self):
             return 4

@@ -131,8 +131,10 @@ def test_without_ctc_there_is_no_head_and_its_learning_rate_is_said_to_have_no_e
     ("ctc_steps", "learnt"), [(3, {"encoder", "ctc_head"}), (2, {*["encoder", "ctc_head", "converter", "llm"]})]
 )
 def test_steps_of_ctc_alone_leave_converter_and_llm_as_they_are(trainer, zero_stage, ctc_steps, learnt):
+    # Under ZeRO the optimizer sees flat pieces: what has no gradient there still decays.
+    decay = 0.0 if zero_stage else 0.5
     trained = trainer(
-        f"ctc_steps={ctc_steps}", "llm_training=full", "train.weight_decay=0", f"train.zero_stage={zero_stage}"
+        f"ctc_steps={ctc_steps}", "llm_training=full", f"train.weight_decay={decay}", f"train.zero_stage={zero_stage}"
     )
     before = state(trained.engine.model)
     trained.fit()

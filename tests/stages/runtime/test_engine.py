@@ -179,3 +179,16 @@ def test_a_group_without_a_learning_rate_is_an_error(tmp_path):
 def test_processes_that_cannot_share_the_micro_batches_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"= 4 micro-batches per step, which 3 processes.*1, 2, 4 processes.*=72"):
         toy_config(tmp_path).train.accumulation_steps(3)
+
+
+def test_a_parameter_whose_gradient_is_zero_on_all_ranks_takes_no_step(tmp_path):
+    """Ranks without a gradient for a part are given zeros by DeepSpeed, a single process is not: both pass it over."""
+    engine, _ = build_engine(tmp_path)
+    before = [p.detach().clone() for p in engine.trainable]
+    engine.trainable[0].grad = torch.zeros_like(engine.trainable[0])
+    for p in engine.trainable[1:]:
+        p.grad = torch.ones_like(p)
+    engine.ds.set_gradient_accumulation_boundary(True)
+    _, applied = engine._update()
+    moved = [not torch.equal(p, old) for p, old in zip(engine.trainable, before)]
+    assert applied and moved == [False, *[True] * (len(moved) - 1)]
