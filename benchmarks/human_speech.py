@@ -275,7 +275,7 @@ def run_baselines(out: Path) -> None:
                 continue
             print(f"\n== baseline {baseline} on {name}", flush=True)
             overrides = [f"run_dir={run_dir}", f"inputs.acllm={out / step / 'artifact'}", f"data={corpus}"]
-            run_job("evaluate", "evaluate_joint", overrides=[*overrides, f"audio={audio}"])
+            run_job("evaluate", None, overrides=[*overrides, f"audio={audio}"])
 
 
 def _baseline_dir(out: Path, baseline: str, name: str) -> Path:

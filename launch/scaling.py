@@ -20,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..data.scoring.figure import Mark, svg_figure
 from ..data.scoring.linear_fit import FEWEST_POINTS, LinearFit, fit_line
 from ..data.whole_file import whole_file, write_json
+from ..model.conformer import ConformerConfig, ConformerEncoder
 from ..stages.runtime.artifacts import Artifact, load_artifact
 from .commands.artifacts import parameters_by_part
 from .pipeline_config import Pipeline, PipelineConfig, StepConfig, read_steps, resolve_steps
@@ -122,7 +125,19 @@ def load_ladder(name: str, *, overrides: Sequence[str] = ()) -> tuple[ScalingCon
             f"{file}: valid = {cfg.valid}: pretrain has {', '.join(valid) or 'no set'} in data.valid; set "
             f"pretrain.set data.valid.{cfg.valid}, whose loss is fitted"
         )
+    sizes = {_encoder_parameters(step.reads["config"]["encoder"]) for step in pipeline.steps if step.kind == first.kind}
+    if len(sizes) < FEWEST_POINTS:
+        raise ValueError(
+            f"{file}: its sizes have {len(sizes)} different numbers of parameters "
+            f"({', '.join(map(str, sorted(sizes)))}); a line needs at least {FEWEST_POINTS}: change encoder.dim or "
+            "encoder.num_layers"
+        )
     return cfg, pipeline
+
+
+def _encoder_parameters(encoder: dict) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in ConformerEncoder(ConformerConfig(**encoder)).parameters())
 
 
 def measure(cfg: ScalingConfig, pipeline: Pipeline) -> list[Point]:

@@ -33,7 +33,7 @@ from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import TrainingStageConfig
 from .runtime.metrics import Histogram, Metrics, add_metrics
 from .runtime.seeds import micro_batch_seed, seed_forward
-from .runtime.stage import StepOutput
+from .runtime.stage import StepOutput, on_meta
 from .runtime.train_config import require_choice
 from .runtime.world import init_world
 
@@ -126,7 +126,7 @@ class EncoderPretrain:
         if pretrained:
             return load_speech_encoder(pretrained.path, features=cfg.features, encoder=cfg.encoder)
         fbank = Fbank(cfg.features)
-        if not _on_meta():
+        if not on_meta():
             some_audio = cfg.data.training(seed=cfg.seed, **self._limits(cfg.features)).first(cfg.cmvn_batches)
             fbank.estimate_cmvn((batch.waveforms_BN, batch.lengths_B) for batch in some_audio)
         return SpeechEncoder.assemble(fbank=fbank, encoder=ConformerEncoder(cfg.encoder))
@@ -136,7 +136,7 @@ class EncoderPretrain:
         self.num_codes = given.facts["clusters"]
         if self.cfg.labels == "sidecar":
             self.sidecar = FrameLabels.open(given.path / "labels", made_by=given.facts["encoder_manifest"])
-        elif not _on_meta():
+        elif not on_meta():
             # No part of the model: DeepSpeed would cast it to bfloat16, and its labels would be others.
             self.labeler = FrameLabeler.from_pretrained(given.path)
 
@@ -261,8 +261,3 @@ def _require_equal_lengths(batch: AudioBatch, lengths_B: Tensor) -> None:
                 f"{key} has {labels} labels and {frames} encoder frames: they were made with other features; make them "
                 "again with this run's features (stage cluster_labels)"
             )
-
-
-def _on_meta() -> bool:
-    """Whether the model is only being measured (`seedling check`): shapes without weights, and no audio read."""
-    return torch.get_default_device().type == "meta"

@@ -38,7 +38,7 @@ from ..model.speech_encoder import (
 )
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import TrainingStageConfig
-from .runtime.stage import StepOutput
+from .runtime.stage import StepOutput, on_meta
 from .runtime.train_config import require_choice
 
 LLM_TRAINING = ("frozen", "lora", "full")
@@ -106,7 +106,7 @@ class SFT:
         path = inputs["acllm"].path
         config = _continued_config(cfg, AudioLLMConfig.from_pretrained(path), path=path)
         self.sample_rate = config.feature_config["sample_rate"]
-        if not _on_meta():
+        if not on_meta():
             return AudioLLM.from_pretrained(path, config=config, dtype=_llm_dtype(cfg))
         model = AudioLLM(config)
         model.processor = AudioLLMProcessor.from_pretrained(path)
@@ -120,7 +120,7 @@ class SFT:
         speech = self._speech_encoder(cfg, inputs.get("encoder"))
         return AudioLLM.assemble(
             encoder=speech.encoder,
-            llm=load_llm(inputs["llm"].path, dtype=_llm_dtype(cfg), meta=_on_meta()),
+            llm=load_llm(inputs["llm"].path, dtype=_llm_dtype(cfg), meta=on_meta()),
             tokenizer=load_tokenizer(inputs["llm"].path),
             fbank=speech.fbank,
             converter=cfg.converter,
@@ -136,7 +136,7 @@ class SFT:
             return speech
         self.sample_rate = cfg.features.sample_rate
         fbank = Fbank(cfg.features)
-        if not _on_meta():
+        if not on_meta():
             some_audio = self.batches(cfg, "train").first(cfg.cmvn_batches)
             fbank.estimate_cmvn((batch.waveforms_BN, batch.lengths_B) for batch in some_audio)
         return SpeechEncoder.assemble(fbank=fbank, encoder=ConformerEncoder(cfg.encoder))
@@ -223,11 +223,6 @@ def _error_rate(texts: list[tuple[str, str]], *, unit: str) -> tuple[int, int]:
     """Return errors and reference tokens of (reference, hypothesis) pairs."""
     counts = [count_errors(tokenize_text(reference, unit), tokenize_text(heard, unit)) for reference, heard in texts]
     return sum(c.errors for c in counts), sum(c.reference_tokens for c in counts)
-
-
-def _on_meta() -> bool:
-    """Whether the model is only being measured (`seedling check`): shapes without weights, and no audio read."""
-    return torch.get_default_device().type == "meta"
 
 
 def _llm_dtype(cfg: SFTConfig) -> torch.dtype:

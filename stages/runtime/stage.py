@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ...data.batches import PlannedBatches
 from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .metrics import Metrics
+
+
+def on_meta() -> bool:
+    """Whether a stage's model is only being measured (`seedling check`): shapes without weights, and no audio read."""
+    return torch.get_default_device().type == "meta"
 
 
 class StepOutput(NamedTuple):

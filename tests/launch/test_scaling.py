@@ -114,6 +114,7 @@ def test_without_a_probe_only_the_loss_is_fitted(study):
         ("  - {name: b, set: {encoder.dim: 64}}\n", "", "sizes has 2; a line with an interval needs at least 3 sizes"),
         ("encoder.dim: 32", "train.max_steps: 9", "size a sets train.max_steps; a size may set encoder, train.lr"),
         ("encoder.dim: 32", "encoder.dmi: 32", "step pretrain_a: override encoder.dmi=32: unknown key"),
+        ("encoder.dim: 32", "encoder: {dim: 64, num_heads: 4}", "its sizes have 2 different numbers of parameters"),
         ("name: b", "name: a", "pretrain_a appears twice"),
         ("train.max_steps: 5", "data.valid: {test: corpus}", "valid = dev: pretrain has test, dev in data.valid"),
         ("pretrain:", "pretrian:", "nearest valid key: pretrain"),
