@@ -8,7 +8,7 @@ LLM that knows the language corrects what CTC misspells. A small LLM gains most;
 The recursion over frames is linear, so it is two cumulative sums in the log domain for each byte, over all rows,
 candidates and frames at once. Not every token is scored: of the tokens that the LLM finds likeliest (400 of them)
 CTC looks at the first two bytes, which many of them share; the best `candidates` by that are scored whole. An LLM that
-hardly listens does not have the word that was said among its first 20 or 40.
+hardly listens does not have the word that was said among its first 20.
 
 Shape letters: B utterances, T encoder frames, W classes of the CTC head (the last is the blank), R rows of the search,
 P tokens looked at, C candidates, N = any number of prefixes, Y bytes of the longest token, V vocabulary.
