@@ -62,7 +62,7 @@ class NamePool:
         return frozenset(sound_key(word, lang=self.lang) for word in words_of(spoken_words(text, groups=self.heads)))
 
     def _whole_sound_of(self, name: str) -> str:
-        return "".join(sound_key(spoken_words(name, groups=self.heads), lang=self.lang).split())
+        return sound_key("".join(spoken_words(name, groups=self.heads).split()), lang=self.lang)
 
     def sound_alikes(self, keyword: str) -> list[str]:
         """Return what sounds like a keyword and is spelled otherwise: variants by the groups, and names of the pool."""
