@@ -73,10 +73,10 @@ class TextWriter:
 
     @property
     def _pad(self) -> int:
-        pad = special_id(self.tokenizer, "pad")
+        """The end token, which no mask lets through: a tokenizer's own padding may lie beyond the LM's table."""
         eos = special_id(self.tokenizer, "eos")
         assert eos is not None, "load_tokenizer wants an end token"
-        return eos if pad is None else pad
+        return eos
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))
