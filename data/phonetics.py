@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import cast
 
 import jellyfish
 import numpy as np
@@ -122,12 +123,12 @@ def spoken_words(text: str, *, groups: Mapping[str, str]) -> str:
     return groups.get(plain) or " ".join(groups.get(word, word) for word in plain.split())
 
 
-def sounds_like(a: str, b: str, *, lang: str = "en", groups: Iterable[Sequence[str]] | Mapping[str, str] = ()) -> bool:
+def sounds_like(a: str, b: str, *, lang: str = "en", groups: Iterable[Sequence[str]] | dict[str, str] = ()) -> bool:
     """Whether two words or phrases could be heard as one another; a word sounds like itself.
 
     `groups` are lists of words that sound alike, or what `sound_groups` made of them (faster in a loop).
     """
-    stands = groups if isinstance(groups, Mapping) else sound_groups(groups)
+    stands = cast("dict[str, str]", groups) if isinstance(groups, dict) else sound_groups(groups)
     a, b = (spoken_words(word, groups=stands) for word in (a, b))
     if a == b:
         return True

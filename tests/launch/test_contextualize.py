@@ -9,9 +9,11 @@ from tiny_corpus import demo_entries, read_all, write_shards
 
 from seedling.data.contexts.sidecar import Contexts
 from seedling.launch.cli import main
+from seedling.launch.commands.contextualize import load_contexts_config
 from seedling.launch.fingerprint import fingerprint
 from seedling.launch.pipeline import metrics_of
 from seedling.launch.pipeline_config import load_pipeline
+from seedling.launch.stage_lookup import PACKAGED
 from seedling.stages.runtime.config import ConfigError
 
 PIPELINE = """
@@ -58,6 +60,14 @@ def test_a_mistake_is_one_line_and_exit_2(shards, tmp_path, capsys, overrides, s
     assert main(["contextualize", str(shards), "--out", str(tmp_path / "out"), *overrides]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+def test_the_packaged_settings_load_and_the_evaluation_lists_are_of_one_kind():
+    files = sorted((PACKAGED / "contextualize").glob("*.yaml"))
+    loaded = {file.stem: load_contexts_config(str(file), overrides=[]).config for file in files}
+    assert len(loaded) >= 3
+    for name, kind in {"right_list": "relevant", "wrong_list": "irrelevant"}.items():
+        assert (loaded[name].shares, loaded[name].forms) == ({kind: 1.0}, {"list": 1.0})
 
 
 def test_a_local_llm_writes_and_its_answers_are_kept(shards, tmp_path):
