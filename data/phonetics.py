@@ -159,7 +159,7 @@ class SoundPool:
         return (self._by_key(word)[self._key_of_name] + self._by_letters(word, self._letters)) / 2
 
     def nearest(self, word: str, count: int) -> np.ndarray:
-        """Return the numbers of about the `count` nearest names, nearest first: 4 ms among 100,000.
+        """Return the numbers of about the `count` nearest names, nearest first: 20 ms among 100,000.
 
         Letters are compared only where the keys are among the nearest, which a name far by its key hardly ever is.
         """
