@@ -1,7 +1,7 @@
 """What the demo's speakers say: sentences and voices of every split, a function of the seed alone.
 
-A split is of one language; `train` and `train_zh` share a manifest, held-out ones do not. An espeak-ng variant (the shape
-of the throat) belongs to train, dev or test in all accents and both languages, so held-out voices are unheard ones.
+A split is of one language. An espeak-ng variant (the shape of the throat) belongs to train, dev or test in all accents
+and in both languages, so the voices of dev and test are unheard ones.
 """
 
 import itertools
@@ -33,7 +33,7 @@ LANGUAGES = {
     # Four of espeak's accents: what a small model can learn in minutes.
     "en": Language(ENGLISH, ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029"), (), (130, 175), 0.72, 8.77),
     # Andrea sets lengths by stress, which are tones here: it gabbles, at 1.6 times the pace of the others.
-    "zh": Language(MANDARIN, ("cmn",), ("Andrea",), (150, 200), 0.72, 44.0),
+    "zh": Language(MANDARIN, ("cmn",), ("Andrea",), (150, 200), 0.52, 45.5),
 }
 
 
@@ -60,9 +60,7 @@ class Utterance(NamedTuple):
     pitch: int
 
 
-def plan(
-    *, hours: float, mandarin_hours: float, heldout_utterances: int, seed: int
-) -> dict[Split, list[Utterance]]:
+def plan(*, hours: float, mandarin_hours: float, heldout_utterances: int, seed: int) -> dict[Split, list[Utterance]]:
     """Return every utterance of every split, in the order train, dev, test; English first.
 
     Held-out sentences are drawn first, so they do not depend on the hours. Of Mandarin a third as many are held out.
@@ -70,9 +68,7 @@ def plan(
     english = _plan_of("en", hours=hours, heldout_utterances=heldout_utterances, seed=seed)
     if not mandarin_hours:
         return english
-    return english | _plan_of(
-        "zh", hours=mandarin_hours, heldout_utterances=-(-heldout_utterances // 3), seed=seed
-    )
+    return english | _plan_of("zh", hours=mandarin_hours, heldout_utterances=-(-heldout_utterances // 3), seed=seed)
 
 
 def _plan_of(lang: str, *, hours: float, heldout_utterances: int, seed: int) -> dict[Split, list[Utterance]]:
@@ -125,6 +121,5 @@ def expected_seconds(utterance: Utterance) -> float:
     """Estimate the duration from characters and pace."""
     language = LANGUAGES[utterance.split.lang]
     return (
-        language.seconds_at_the_ends
-        + language.seconds_per_character * len(utterance.text) / utterance.words_per_minute
+        language.seconds_at_the_ends + language.seconds_per_character * len(utterance.text) / utterance.words_per_minute
     )
