@@ -14,6 +14,7 @@ from .demo_text_zh import MANDARIN
 from .grammar import Grammar, Sentence
 from .synthesis import VARIANTS
 
+PARTS = ("train", "dev", "test")
 # None of these has a near twin among the others, as f2 has in f5 or adam in benjamin.
 HELD_OUT_VARIANTS = {"dev": ("f1", "m5", "edward", "linda"), "test": ("f4", "m4", "m7", "Annie")}
 
@@ -72,7 +73,7 @@ def plan(*, hours: float, mandarin_hours: float, heldout_utterances: int, seed: 
 
 
 def _plan_of(lang: str, *, hours: float, heldout_utterances: int, seed: int) -> dict[Split, list[Utterance]]:
-    train, dev, test = (Split(part, lang) for part in ("train", "dev", "test"))
+    train, dev, test = (Split(part, lang) for part in PARTS)
     own = "" if lang == "en" else f"{lang}-"
     sentences = LANGUAGES[lang].grammar.distinct_sentences(random.Random(f"sentences-{own}{seed}"))
     heldout = {
