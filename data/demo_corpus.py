@@ -135,7 +135,7 @@ def _write_texts(out: Path, splits: Splits, *, sentences: int, mandarin_share: f
         spoken[lang] = [row.text for row in splits[Split("train", lang)]]
         count = sentences if lang == "en" else round(sentences * mandarin_share)
         more[lang] = list(itertools.islice(_fresh_sentences(splits, lang, seed=seed), count))
-        groups = [list(group) for group in LANGUAGES[lang].grammar.homophones]
+        groups = [list(group) for group in LANGUAGES[lang].names_alike]
         _write_atomically(
             out / ("homophones.json" if lang == "en" else f"homophones_{lang}.json"),
             json.dumps(groups, indent=1, ensure_ascii=False) + "\n",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .demo_text import ENGLISH
-from .demo_text_zh import MANDARIN
+from .demo_text_zh import MANDARIN, NAMES_ALIKE
 from .grammar import Grammar, Sentence
 from .synthesis import VARIANTS
 
@@ -23,6 +23,7 @@ class Language(NamedTuple):
     """How a language is spoken; the seconds are a least-squares fit, good to 2 % in the sum."""
 
     grammar: Grammar
+    names_alike: tuple[tuple[str, ...], ...]  # groups, as they are published with the corpus
     accents: tuple[str, ...]
     left_out: tuple[str, ...]  # variants
     words_per_minute: tuple[float, float]  # espeak-ng's, within which every voice has its habit
@@ -31,10 +32,24 @@ class Language(NamedTuple):
 
 
 LANGUAGES = {
-    # Four of espeak's accents: what a small model can learn in minutes.
-    "en": Language(ENGLISH, ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029"), (), (130, 175), 0.72, 8.77),
-    # Andrea sets lengths by stress, which are tones here: it gabbles, at 1.6 times the pace of the others.
-    "zh": Language(MANDARIN, ("cmn",), ("Andrea",), (150, 200), 0.52, 45.5),
+    "en": Language(
+        ENGLISH,
+        names_alike=ENGLISH.homophones,
+        accents=("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029"),  # what a small model can learn in minutes
+        left_out=(),
+        words_per_minute=(130, 175),
+        seconds_at_the_ends=0.72,
+        seconds_per_character=8.77,
+    ),
+    "zh": Language(
+        MANDARIN,
+        names_alike=NAMES_ALIKE,
+        accents=("cmn",),
+        left_out=("Andrea",),  # sets lengths by stress, which are tones here: gabbles at 1.6 times the others' pace
+        words_per_minute=(150, 200),
+        seconds_at_the_ends=0.52,
+        seconds_per_character=45.5,
+    ),
 }
 
 

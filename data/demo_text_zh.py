@@ -60,6 +60,9 @@ _INTENTS: dict[str, Intent] = {
     "question": Intent(3, listed("{city}现在什么时间, 现在什么时间, {place}什么时间开, {city}的{place}什么时间开")),
 }  # fmt: skip
 
+# As a contact list would hold them: whole names.
+NAMES_ALIKE = tuple(tuple(surname + given for given in group) for surname in _SLOTS["surname"] for group in _HOMOPHONES)
+
 MANDARIN = Grammar(
     slots=_SLOTS,
     intents=_INTENTS,
