@@ -88,8 +88,12 @@ def load_speech_encoder(path: str | Path, *, features: FeatureConfig, encoder: C
 
 
 def require_kept(section: str, wanted: Any, found: dict, *, made: str, path: str | Path) -> None:
-    """Raise ValueError where dataclass `wanted` asks, by a value that is no default, for other than `found`."""
+    """Raise ValueError where dataclass `wanted` asks, by a value that is no default, for other than `found`.
+
+    What was saved before a field came into being has its default.
+    """
     default = asdict(type(wanted)())
+    found = default | found
     for name, value in asdict(wanted).items():
         if value not in (default[name], found[name]):
             raise ValueError(
