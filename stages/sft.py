@@ -30,8 +30,8 @@ from ..model.llm import LoraSettings, add_lora, load_llm, load_tokenizer
 from ..model.processor import AudioLLMProcessor
 from ..model.prompt import PromptConfig, tokenize
 from ..model.speech_encoder import (
-    TRAINING_SETTINGS,
     SpeechEncoder,
+    brought_settings,
     load_speech_encoder,
     require_kept,
     require_same_bins,
@@ -235,7 +235,7 @@ def _continued_config(cfg: SFTConfig, config: AudioLLMConfig, *, path: Path) -> 
     Shapes, features and prompts are the recogniser's. Where cfg asks for others, that is an error and not ignored.
     """
     config.specaugment_config = asdict(cfg.specaugment)
-    config.audio_config |= {name: getattr(cfg.encoder, name) for name in TRAINING_SETTINGS}
+    config.audio_config |= brought_settings(cfg.encoder)
     kept = {
         "features": (cfg.features, config.feature_config),
         "encoder": (cfg.encoder, config.audio_config),
