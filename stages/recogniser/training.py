@@ -31,7 +31,7 @@ from ...model.features import FeatureConfig
 from ...model.llm import LoraSettings, add_lora
 from ...model.processor import AudioLLMProcessor
 from ...model.prompt import PromptConfig, tokenize
-from ...model.speech_encoder import TRAINING_SETTINGS, require_kept, require_same_bins
+from ...model.speech_encoder import brought_settings, require_kept, require_same_bins
 from ..runtime.artifacts import Artifact, ArtifactWriter
 from ..runtime.config import TrainingStageConfig
 from ..runtime.metrics import Metrics
@@ -39,6 +39,7 @@ from ..runtime.stage import StepOutput, on_meta
 from ..runtime.train_config import require_choice
 
 LLM_TRAINING = ("frozen", "lora", "full")
+GREEDY = DecodeConfig(context_search="plain")  # for the error rates during training
 
 
 @dataclass(kw_only=True)
@@ -212,7 +213,7 @@ class RecogniserTraining:
             for prefix, prompts in self.conditions(batch).items():
                 given = {"contexts_ids": prompts.contexts_ids, "languages": prompts.languages}
                 out = model(batch.waveforms_BN, batch.lengths_B, self.transcripts(batch), **given)
-                nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=DecodeConfig(), **given)
+                nbests = model.transcribe_ids(batch.waveforms_BN, batch.lengths_B, config=GREEDY, **given)
                 heard[prefix] = [model.processor.decode(best.ids) for best, *_ in nbests]
                 add(f"{prefix}loss", out.loss_sum.item(), out.count)
             if self.cfg.ctc_weight:
@@ -249,7 +250,7 @@ def llm_dtype(cfg: RecogniserConfig) -> torch.dtype:
 
 def _continued_config(cfg: RecogniserConfig, config: AudioLLMConfig, *, path: Path) -> AudioLLMConfig:
     config.specaugment_config = asdict(cfg.specaugment)
-    config.audio_config |= {name: getattr(cfg.encoder, name) for name in TRAINING_SETTINGS}
+    config.audio_config |= brought_settings(cfg.encoder)
     kept = {
         "features": (cfg.features, config.feature_config),
         "encoder": (cfg.encoder, config.audio_config),
