@@ -103,7 +103,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(folder, audio, tm
 @pytest.mark.parametrize("change", [{"prefix": "v"}, {"word": "bb"}])
 def test_contexts_of_other_utterances_are_refused(folder, tmp_path, change):
     other = speak(tmp_path / "other", **change)
-    with pytest.raises(StaleContexts, match="shard-000000.tar: .*contexts has no contexts for the utterances in it"):
+    with pytest.raises(StaleContexts, match=r"shard-000000\.tar: .*contexts has no contexts for the utterances in it"):
         read(Contexts(folder), other, 0, 0)
     with pytest.raises(StaleContexts):
         Contexts(folder).characters(Corpus.open(other).shards[0])
