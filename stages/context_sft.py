@@ -15,7 +15,7 @@ from ..data.batches import PlannedBatches
 from ..data.contexts.draw import ContextConfig, DrawnContexts
 from ..data.contexts.sidecar import UtteranceContext
 from ..data.loader import AudioBatch
-from ..data.scoring import tokenize as tokenize_text
+from ..data.scoring.phrases import Tokens, phrase_of
 from ..model.audio_llm import AudioLLM, AudioLLMOutput
 from ..model.processor import FittedContext
 from .recogniser.training import Prompts, RecogniserConfig, RecogniserTraining
@@ -107,22 +107,14 @@ class ContextSFT(RecogniserTraining):
             return rates
         found = spoken = 0
         for context, text, heard in zip(batch.contexts, batch.texts, hypotheses):
-            phrases = [self._words(phrase) for phrase in (context.phrases if context else ())]
-            said = [phrase for phrase in phrases if _is_in(phrase, self._words(text))]
+            reference, hypothesis = Tokens(self.normalize(text)), Tokens(self.normalize(heard))
+            phrases = [phrase_of(self.normalize(phrase)) for phrase in (context.phrases if context else ())]
+            said = [phrase for phrase in phrases if phrase and reference.occurrences(phrase)]
             spoken += len(said)
-            found += sum(_is_in(phrase, self._words(heard)) for phrase in said)
+            found += sum(bool(hypothesis.occurrences(phrase)) for phrase in said)
         return [*rates, ("phrase_recall", found, spoken)]
-
-    def _words(self, text: str) -> list[str]:
-        return tokenize_text(self.normalize(text), "mixed")
 
 
 def _said(context: UtteranceContext | None, text: str) -> list[str]:
     """Return the phrases of a context that the utterance says."""
     return [phrase for phrase in context.phrases if phrase.lower() in text.lower()] if context else []
-
-
-def _is_in(phrase: list[str], text: list[str]) -> bool:
-    """Whether the words of a phrase follow each other in a text."""
-    starts = range(len(text) - len(phrase) + 1)
-    return bool(phrase) and any(text[start : start + len(phrase)] == phrase for start in starts)
