@@ -97,7 +97,7 @@ class AudioLLMProcessor:
                     f"the context has {fit.tokens:,} tokens and this recogniser takes {self.prompts.context_tokens:,}: "
                     f"kept the first {len(fit.ids):,} of them, to ...{fit.text[-30:]!r}"
                 )
-        return [fit.ids if fit is not None and fit.ids else None for fit in fitted]
+        return [fit.ids if fit is not None else None for fit in fitted]
 
     def fit_context(
         self, context: str | None, *, max_tokens: int = 0, keep: Iterable[str] = ()

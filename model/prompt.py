@@ -123,6 +123,10 @@ def _end_id(prompts: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.get_vocab().get(prompts.end_token)
     if end is None:
         raise ValueError(f"prompts.end_token ({prompts.end_token!r}) is not a token of the tokenizer; name one that is")
+    if end in tokenize(tokenizer, prompts.end_token):
+        raise ValueError(
+            f"prompts.end_token ({prompts.end_token!r}) is a token that a transcript may contain; name a special token"
+        )
     return end
 
 

@@ -61,18 +61,17 @@ class ContextSFT(RecogniserTraining):
                 f"{', '.join(cfg.data.valid) or 'none'}"
             )
         contexts = {
-            name: DrawnContexts.open([folder], corpora=[cfg.data.valid[name]])
+            name: DrawnContexts.open([folder], corpora=[cfg.data.valid[name]], cfg=cfg.context, first=True)
             for name, folder in cfg.valid_contexts.items()
         }
         return cfg.data.validation(contexts=contexts, **self.limits(cfg))
 
     def prompts(self, batch: AudioBatch) -> Prompts:
-        contexts_ids = [fit.ids if fit is not None and fit.ids else None for fit in self._fitted(batch)]
-        return super().prompts(batch)._replace(contexts_ids=contexts_ids)
+        return super().prompts(batch)._replace(contexts=self._fitted(batch))
 
     def _fitted(self, batch: AudioBatch) -> list[FittedContext | None]:
         """Return the contexts as they stand in the prompts; None where an utterance has none."""
-        assert batch.contexts is not None, "the batches of this stage have contexts"
+        assert batch.contexts is not None, "a training batch of this stage has contexts"
         fitted = []
         for context, text in zip(batch.contexts, batch.texts):
             keep = _said(context, text) if self.cfg.context.keep_relevant else ()
@@ -81,13 +80,14 @@ class ContextSFT(RecogniserTraining):
 
     def metrics(self, out: AudioLLMOutput, batch: AudioBatch, prompts: Prompts) -> Metrics:
         """Beside the usual: the loss on triples and on pairs apart, the share of triples, how long contexts are."""
-        triples_B = torch.tensor([ids is not None for ids in prompts.contexts_ids], device=out.rows_N.device)
-        in_triple_N = triples_B[out.rows_N]
-        nll_N, triples = out.nll_N.detach(), [fit for fit in self._fitted(batch) if fit is not None]
+        assert prompts.contexts is not None, "`prompts` has fitted them"
+        triples = [fit for fit in prompts.contexts if fit is not None]
+        in_triple_N = torch.tensor([fit is not None for fit in prompts.contexts], device=out.rows_N.device)[out.rows_N]
+        nll_N = out.nll_N.detach()
         return super().metrics(out, batch, prompts) | {
             "nll_triples": ((nll_N * in_triple_N).sum(), in_triple_N.sum()),
             "nll_pairs": ((nll_N * ~in_triple_N).sum(), (~in_triple_N).sum()),
-            "triple_frac": (triples_B.sum(), len(batch)),
+            "triple_frac": (len(triples), len(batch)),
             "context_tokens": (sum(len(fit.ids) for fit in triples), len(triples)),
             "context_truncated_frac": (sum(fit.is_cut for fit in triples), len(triples)),
         }
@@ -97,8 +97,8 @@ class ContextSFT(RecogniserTraining):
         plain = super().conditions(batch)
         if batch.contexts is None:
             return plain
-        contexts_ids = self.processor.context_ids([context.text if context else None for context in batch.contexts])
-        return plain | {"context_": Prompts(contexts_ids=contexts_ids)}
+        fitted = [self.processor.fit_context(context.text if context else None) for context in batch.contexts]
+        return plain | {"context_": Prompts(contexts=fitted)}
 
     def scores(self, batch: AudioBatch, hypotheses: list[str]) -> list[tuple[str, float, float]]:
         """Beside the error rates: the recall of the context's phrases that were said."""

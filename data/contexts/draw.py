@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..augment import KeyedRandom
-from ..index import Corpus, find_tars
+from ..index import Corpus, find_tars, read_index
 from .sidecar import Contexts, UtteranceContext
 
 
@@ -41,12 +41,13 @@ class ContextConfig:
 class DrawnContexts:
     """The context of an utterance in an epoch, from a sidecar for each corpus (None: its utterances are pairs).
 
-    With `cfg` None nothing is drawn: everyone gets the first of its contexts, as in validation.
+    With `first` nothing is drawn: everyone gets the first of its contexts, as in validation.
     """
 
     sidecars: dict[Path, Contexts | None] = field(repr=False)  # by audio shard
-    cfg: ContextConfig | None = None
+    cfg: ContextConfig
     seed: int = 0
+    first: bool = False
 
     @classmethod
     def open(
@@ -54,8 +55,9 @@ class DrawnContexts:
         folders: Sequence[str | Path],
         *,
         corpora: Sequence[str | Path],
-        cfg: ContextConfig | None = None,
+        cfg: ContextConfig,
         seed: int = 0,
+        first: bool = False,
     ) -> DrawnContexts:
         """Open `folders[i]` ("": none) as the sidecar of the shards in `corpora[i]`."""
         if len(folders) != len(corpora):
@@ -67,7 +69,7 @@ class DrawnContexts:
         for folder, corpus in zip(folders, corpora):
             reader = Contexts(folder) if str(folder) else None
             sidecars |= dict.fromkeys(find_tars(corpus), reader)
-        return cls(sidecars, cfg, seed)
+        return cls(sidecars, cfg, seed, first)
 
     def of(self, shard: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:
         """Return the context of the utterance in row `row` of a shard's index; None where it is a pair.
@@ -78,7 +80,7 @@ class DrawnContexts:
         stored = sidecar.of(shard, row, key=key) if sidecar is not None else ()
         if not stored:
             return None
-        if self.cfg is None:
+        if self.first:
             return stored[0]
         random = KeyedRandom(self.seed, epoch=epoch, key=f"context\n{key}")
         if random.uniform() >= self.cfg.share or random.uniform() < self.cfg.dropout:
@@ -86,18 +88,20 @@ class DrawnContexts:
         return stored[random.below(len(stored))]
 
     def characters(self, shard: Path) -> np.ndarray:
-        """Return what the longest context of each row adds to a prompt, int64 [rows]: at most `max_tokens`."""
+        """Return what the longest context of each row of a shard's index adds to its text, int64 [rows].
+
+        The plan takes a character for a token, so a context that is cut to `max_tokens` counts as so many characters.
+        """
         sidecar = self.sidecars[shard]
         if sidecar is None:
-            return np.zeros(1, np.int64)
-        # Cut to so many tokens it costs no more than so many characters, of which each is one token at least.
-        return np.minimum(sidecar.characters(shard), self.cfg.max_tokens if self.cfg else np.iinfo(np.int32).max // 2)
+            return np.zeros(len(read_index(shard)), np.int64)
+        return np.minimum(sidecar.characters(shard), self.cfg.max_tokens)
 
     @property
     def fingerprint(self) -> str:
         """Equal exactly if every context that could be drawn and its size are."""
         parts = [sidecar.fingerprint if sidecar is not None else "" for sidecar in self.sidecars.values()]
-        parts.append(str(self.cfg.max_tokens if self.cfg else 0))
+        parts.append(str(self.cfg.max_tokens))
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

@@ -29,7 +29,7 @@ from ...model.ctc import CTCLoss, text_bytes
 from ...model.decoding import DecodeConfig
 from ...model.features import FeatureConfig
 from ...model.llm import LoraSettings, add_lora
-from ...model.processor import AudioLLMProcessor
+from ...model.processor import AudioLLMProcessor, FittedContext
 from ...model.prompt import PromptConfig, tokenize
 from ...model.speech_encoder import brought_settings, require_kept, require_same_bins
 from ..runtime.artifacts import Artifact, ArtifactWriter
@@ -72,10 +72,15 @@ class RecogniserConfig(TrainingStageConfig):
 
 
 class Prompts(NamedTuple):
-    """What stands in the prompts of a batch beside the speech, as `AudioLLM` takes it."""
+    """What stands in the prompts of a batch beside the speech, an entry for each utterance."""
 
-    contexts_ids: list[list[int] | None] | None = None
+    contexts: list[FittedContext | None] | None = None
     languages: list[str | None] | None = None
+
+    @property
+    def contexts_ids(self) -> list[list[int] | None] | None:
+        """The contexts as `AudioLLM` takes them."""
+        return None if self.contexts is None else [fit.ids if fit is not None else None for fit in self.contexts]
 
 
 class RecogniserTraining:
