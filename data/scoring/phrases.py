@@ -6,12 +6,12 @@ function words, pairs of neighbouring Han characters, runs of kana or Thai; the 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
 from .errors import METRICS, MIXED_TOKEN
-from .normalize import CJK, UNSPACED
+from .normalize import CJK, SPACE_AT_UNSPACED, UNSPACED
 
 Phrase = tuple[str, ...]
 
@@ -19,7 +19,6 @@ _TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff]")
 _CJK = re.compile(f"[{CJK}]")
-_SPACE_AT_UNSPACED = re.compile(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
 _UNITS = {"word": re.compile(r"\S+"), "char": re.compile(r"."), "mixed": MIXED_TOKEN}
 # Words that a sentence-like context shares with any other sentence: to emit one says nothing of copying.
 FUNCTION_WORDS = frozenset(
@@ -95,7 +94,7 @@ def phrase_of(text: str) -> Phrase:
 
 def shown(tokens: Sequence[str]) -> str:
     """Return tokens as they are written: spaces between words only."""
-    return _SPACE_AT_UNSPACED.sub("", " ".join(tokens))
+    return SPACE_AT_UNSPACED.sub("", " ".join(tokens))
 
 
 @lru_cache(maxsize=1 << 18)
@@ -119,3 +118,9 @@ def _kind(token: str) -> str:
     if not _UNSPACED.fullmatch(token):
         return "word"
     return "han" if _CJK.fullmatch(token) and not _KANA.fullmatch(token) else "run"
+
+
+def phrases_within(reference: str, phrases: Iterable[str], *, normalize: Callable[[str], str]) -> tuple[str, ...]:
+    """Return those phrases, once each, that stand in a reference; all are raw texts."""
+    said = Tokens(normalize(reference))
+    return tuple(p for p in dict.fromkeys(phrases) if (found := phrase_of(normalize(p))) and said.occurrences(found))
