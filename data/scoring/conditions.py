@@ -38,7 +38,10 @@ class ConditionScores:
         if self.plain.merged:
             found[f"{headline.metric}_sound_alikes_merged"] = self.plain.merged.fraction
         if headline.interval:
-            found |= {f"{headline.metric}_low": headline.interval.low, f"{headline.metric}_high": headline.interval.high}
+            found |= {
+                f"{headline.metric}_low": headline.interval.low,
+                f"{headline.metric}_high": headline.interval.high,
+            }
         for condition, report in self.reports.items():
             prefix = "" if condition == NONE else f"{condition}/"
             if condition != NONE:

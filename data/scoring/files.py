@@ -102,7 +102,7 @@ def summarize(report: ScoreReport, *, model_hash: str | None = None, decode: Map
         "rtf": report.rtf,
         "bootstrap_seed": report.seed,
         "model_hash": model_hash,
-        "decode": dict(decode) if decode is not None else None,
+        "decode": {name: _in_json(value) for name, value in decode.items()} if decode is not None else None,
     }
 
 
@@ -135,6 +135,11 @@ def interval_entry(interval: Interval) -> dict:
 def finite(number: float) -> float | None:
     """Return a number that JSON can hold, None for the others."""
     return number if math.isfinite(number) else None
+
+
+def _in_json(value: object) -> object:
+    """JSON has no infinity, which settings of the search may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(line: str, *, where: str) -> ScoredUtterance:
