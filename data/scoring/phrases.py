@@ -123,13 +123,11 @@ def _kind(token: str) -> str:
 def keywords_of(
     meta: Mapping, *, reference: str, phrases: Iterable[str], normalize: Callable[[str], str]
 ) -> tuple[str, ...]:
-    """Return an utterance's keywords: those of its meta, or else those context phrases that stand in its reference."""
-    given = meta.get("keywords")
-    if given is None:
-        said = Tokens(normalize(reference))
-        return tuple(
-            p for p in dict.fromkeys(phrases) if (found := phrase_of(normalize(p))) and said.occurrences(found)
-        )
+    """Return an utterance's keywords: those of its meta, or if it has none those context phrases that were said."""
+    given = meta.get("keywords") or []
     if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
         raise ValueError(f"keywords of {meta.get('id', 'an utterance')!r} are {given!r}, not a list of texts")
-    return tuple(given)
+    if given:
+        return tuple(given)
+    said, found = Tokens(normalize(reference)), {phrase: phrase_of(normalize(phrase)) for phrase in phrases}
+    return tuple(phrase for phrase, tokens in found.items() if tokens and said.occurrences(tokens))

@@ -70,7 +70,8 @@ def test_a_phrase_of_two_words_covers_the_space_between_them():
 def test_keywords_are_those_of_the_shard_or_the_phrases_that_are_said():
     phrases = ["Caitlin Adams", "Marc", "Caitlin Adams", "张伟"]
     assert keywords_of({}, reference="Call Caitlin Adams.", phrases=phrases, normalize=normalize) == ("Caitlin Adams",)
-    assert keywords_of({"keywords": []}, reference="call marc", phrases=phrases, normalize=normalize) == ()
-    assert keywords_of({"keywords": ["a b"]}, reference="", phrases=(), normalize=normalize) == ("a b",)
+    assert keywords_of({"keywords": []}, reference="call marc", phrases=phrases, normalize=normalize) == ("Marc",)
+    assert keywords_of({"keywords": ["a b"]}, reference="marc", phrases=phrases, normalize=normalize) == ("a b",)
+    assert keywords_of({}, reference="call marcia", phrases=phrases, normalize=normalize) == ()
     with pytest.raises(ValueError, match="keywords of 'u1' are 'marc'"):
         keywords_of({"keywords": "marc", "id": "u1"}, reference="", phrases=(), normalize=normalize)
