@@ -35,14 +35,27 @@ RESPELLED = tuple(
 )
 
 
+class _WordsOnly(dict):
+    """A table for str.translate, filled as characters come: letters, marks and digits stay, the rest becomes blank."""
+
+    def __missing__(self, code: int) -> str:
+        kept = unicodedata.category(chr(code))[0] in "LMN"
+        return self.setdefault(code, "" if chr(code) in "'’" else chr(code) if kept else " ")
+
+
+WORDS_ONLY = _WordsOnly()
+
+
+@lru_cache(maxsize=1 << 14)
 def plain_letters(text: str) -> str:
     """Return a text as words only: lower case, full width made half, Latin letters without marks, no punctuation."""
+    if text.isascii():
+        return " ".join(text.lower().translate(WORDS_ONLY).split())
     text = unicodedata.normalize("NFKC", text).casefold().translate(NO_MARKS)
-    text = re.sub(r"['’]", "", text)
     parted = unicodedata.normalize("NFD", text)
     # Accents on Latin letters only: elsewhere marks are part of how a word reads.
     text = unicodedata.normalize("NFC", re.sub(r"(?<=[a-z])[\u0300-\u036f]+", "", parted))
-    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
+    return " ".join(text.translate(WORDS_ONLY).split())
 
 
 @lru_cache(maxsize=1 << 18)

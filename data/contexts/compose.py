@@ -16,12 +16,13 @@ from .config import ContextsConfig
 from .corpus import CorpusFacts, Said, rare_words
 from .names import NamePool
 from .sidecar import UtteranceContext
-from .templates import pick, shuffled, weighted, written, written_turns
+from .templates import ONE_BY_ONE, pick, shuffled, weighted, written, written_turns
 from .text import clean_context, contains, content_words, leaks
 
 ATTEMPTS = 6  # texts from templates before an utterance goes without
 LISTS_FROM = 3  # attempt from which only bare lists are tried
 MAX_TURNS = 3
+MAX_ITEMS = 4  # names of a form that says each with a sentence, unless longer lists are asked for
 MAX_ANSWER_CHARS = 4000  # of a language model; lists may be longer
 
 
@@ -48,7 +49,7 @@ class Composer:
 
     def __init__(self, cfg: ContextsConfig, facts: CorpusFacts, said: Sequence[Said], *, pool: NamePool | None = None):
         self.cfg, self.said = cfg, said
-        self.pool = pool or NamePool(facts.names, groups=facts.groups, lang=facts.lang)
+        self.pool = pool or NamePool(facts.names, weights=facts.weights, groups=facts.groups, lang=facts.lang)
         self.counts: Counter[str] = Counter()
         self._common = None if facts.common is None else frozenset(facts.common)
         self._keywords = [self._keywords_of(one) for one in said]
@@ -82,6 +83,8 @@ class Composer:
             return draft
         if kind == "history":
             draft = draft._replace(form="dialogue", turns=self._turns(rng, number))
+        if draft.form in ONE_BY_ONE:
+            size = min(size, max(least, MAX_ITEMS))
         return self._with_names(draft, rng, number, size=size)
 
     def _with_names(self, draft: Draft, rng: random.Random, number: int, *, size: int) -> Draft:

@@ -163,7 +163,7 @@ def _request(draft: Draft, *, attempt: int, cfg: ContextsConfig):
 @lru_cache(maxsize=1)
 def _read_facts(path: Path, _mtime_ns: int) -> tuple[CorpusFacts, NamePool]:
     facts = CorpusFacts.load(path)
-    return facts, NamePool(facts.names, groups=facts.groups, lang=facts.lang)
+    return facts, NamePool(facts.names, weights=facts.weights, groups=facts.groups, lang=facts.lang)
 
 
 def _facts_and_pool(path: Path) -> tuple[CorpusFacts, NamePool]:

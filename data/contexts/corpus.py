@@ -97,10 +97,11 @@ def _meta(shard: Path, at: np.void, reader: PayloadReader) -> dict:
 class CorpusFacts:
     """What is known of the corpus: names for distractors, groups of sound-alikes, common words, a hash of its texts.
 
-    `common` is None where keywords are those of the shards.
+    `weights` say how often each name is said; `common` is None where keywords are those of the shards.
     """
 
     names: list[str]
+    weights: list[int]
     groups: list[list[str]]
     common: list[str] | None
     texts: str
@@ -116,8 +117,8 @@ class CorpusFacts:
 
 class _Gathered(NamedTuple):
     digest: str
-    names: list[str]
-    counts: Counter[str]
+    names: Counter[str]
+    words: Counter[str]
 
 
 def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFacts:
@@ -127,42 +128,48 @@ def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFac
         over_shards(_gather, tasks, jobs=jobs, label="read texts", total=corpus.num_utterances, unit="utt")
     )
     ordered = [gathered[number] for number in range(len(tasks))]
-    given = sorted({name for one in ordered for name in one.names})
-    rare = cfg.keywords == "rare" or (cfg.keywords == "auto" and not given)
-    counts = sum((one.counts for one in ordered), Counter()) if rare else Counter()
-    common = _common_words(_counts_of(cfg.word_counts) or counts, cfg.rare_share) if rare else None
+    names = sum((one.names for one in ordered), Counter())
+    common = None
+    if cfg.keywords == "rare" or (cfg.keywords == "auto" and not names):
+        words = sum((one.words for one in ordered), Counter())
+        common = _common_words(_words_in(cfg.word_counts) or words, cfg.rare_share)
+        names = Counter({word: words[word] for word in set(words) - set(common) if not _has_digit(word)})
     if cfg.distractors:
-        given = read_names(cfg.distractors)
-    elif common is not None:
-        known = set(common)
-        given = sorted(word for word in counts if word not in known and not any(map(str.isdigit, word)))
-    names = _thinned(given, seed=cfg.seed)
-    if len(names) <= cfg.list_size[1]:
+        names = Counter(dict.fromkeys(read_names(cfg.distractors), 1))
+    kept = _thinned(sorted(names), seed=cfg.seed)
+    if len(kept) <= cfg.list_size[1]:
         source = cfg.distractors or "the corpus has them as keywords"
         raise ContextError(
-            f"list_size ({cfg.list_size[1]}) needs more names than the {len(names)} there are ({source}); name a file "
+            f"list_size ({cfg.list_size[1]}) needs more names than the {len(kept)} there are ({source}); name a file "
             "with a name a line in `distractors`, or make the lists shorter"
         )
     texts = hashlib.sha256("".join(one.digest for one in ordered).encode()).hexdigest()
-    return CorpusFacts(names, read_groups(cfg.sound_alikes), common, texts, cfg.lang)
+    groups = read_groups(cfg.sound_alikes)
+    return CorpusFacts(kept, [names[name] for name in kept], groups, common, texts, cfg.lang)
 
 
 def _gather(task: tuple[Path, str]) -> _Gathered:
     shard, lang = task
     said = read_shard(shard, lang=lang).said
     digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
-    names = sorted({keyword for one in said for keyword in one.keywords})
-    counts = Counter(word for one in said for word in spaced_words(one.text))
+    names = Counter(keyword for one in said for keyword in one.keywords)
+    words = Counter(word for one in said for word in spaced_words(one.text))
     advance(len(read_index(shard)))
-    return _Gathered(digest, names, counts)
+    return _Gathered(digest, names, words)
 
 
 def spaced_words(text: str) -> list[str]:
     """Return the words of a text that spaces divide; Chinese has none, so its keywords must be given."""
+    if text.isascii():
+        return [*words_of(text)]
     return [word for word in words_of(text) if not re.match(HAN, word)]
 
 
-def _counts_of(file: str) -> Counter[str]:
+def _has_digit(word: str) -> bool:
+    return any(map(str.isdigit, word))
+
+
+def _words_in(file: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     if file:
         with _open_text(file, option="word_counts") as lines:
@@ -188,7 +195,7 @@ def rare_words(text: str, *, common: frozenset[str]) -> tuple[str, ...]:
     found = {}
     for token in text.split():
         words = spaced_words(token)
-        if len(words) == 1 and words[0] not in common and not any(map(str.isdigit, words[0])):
+        if len(words) == 1 and words[0] not in common and not _has_digit(words[0]):
             found.setdefault(words[0], token.strip(".,;:!?\"'()[]«»“”„…"))
     return tuple(found.values())
 

@@ -7,9 +7,11 @@ of an irrelevant context must not sound like anything that is said, not even by 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from ..phonetics import SoundPool, plain_letters, sound_groups, sound_key, sounds_like, spoken_words
 from .templates import pick, shuffled
@@ -20,15 +22,28 @@ TRIES = 20  # draws per wanted name before all names are gone through
 
 
 class NamePool:
-    """Names that distractors are drawn from, by sound. `groups` are lists of words that sound alike."""
+    """Names that distractors are drawn from, by sound. `groups` are lists of words that sound alike.
 
-    def __init__(self, names: Sequence[str], *, groups: Iterable[Sequence[str]] = (), lang: str = "en"):
+    `weights` say how often each is drawn: as often as it is said, so that keywords do not look different.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        weights: Sequence[int] = (),
+        groups: Iterable[Sequence[str]] = (),
+        lang: str = "en",
+    ):
         self.names, self.lang = list(names), lang
+        self._cumulated = list(accumulate(weights or [1] * len(self.names)))
         self.heads = sound_groups(groups)
         self._members: dict[str, list[str]] = defaultdict(list)
         for word, head in self.heads.items():
             self._members[head].append(word)
-        self.sounds = lru_cache(maxsize=50_000)(self._sounds_of)  # the sound keys of the words of a text
+        self.sounds = lru_cache(maxsize=50_000)(self._sounds_of)  # sound keys of the words of a text
+        self.whole_sound = lru_cache(maxsize=50_000)(self._whole_sound_of)  # `new ark` in one, so that it is `newark`
+        self._confusable = lru_cache(maxsize=50_000)(self._confusable_with)
         self._plain = [plain_letters(name) for name in self.names]
         self._whole: dict[str, list[int]] = defaultdict(list)
         self._by_sound: dict[str, list[int]] = defaultdict(list)
@@ -46,9 +61,8 @@ class NamePool:
     def _sounds_of(self, text: str) -> frozenset[str]:
         return frozenset(sound_key(word, lang=self.lang) for word in words_of(spoken_words(text, groups=self.heads)))
 
-    def whole_sound(self, name: str) -> str:
-        """Return the sound of a name in one, so that `new ark` is `newark`."""
-        return "".join(sound_key(spoken_words(name, groups=self.heads), lang=self.lang).split())
+    def _whole_sound_of(self, name: str) -> str:
+        return sound_key("".join(spoken_words(name, groups=self.heads).split()), lang=self.lang)
 
     def sound_alikes(self, keyword: str) -> list[str]:
         """Return what sounds like a keyword and is spelled otherwise: variants by the groups, and names of the pool."""
@@ -73,8 +87,21 @@ class NamePool:
         return {number for sound in heard for number in self._by_sound.get(sound, ())}
 
     def confusable(self, keywords: Iterable[str]) -> set[int]:
-        """Return the numbers of the names that sound, as a whole, like a keyword."""
-        return {number for keyword in keywords for number in self._whole.get(self.whole_sound(keyword), ())}
+        """Return the numbers of the names that sound like a keyword, or have a word that sounds like one of its words.
+
+        A word that both spell alike does not count: `oak street` may stand beside `maple street`.
+        """
+        return {number for keyword in keywords for number in self._confusable(keyword)}
+
+    def _confusable_with(self, keyword: str) -> frozenset[int]:
+        found = set(self._whole.get(self.whole_sound(keyword), ()))
+        words = words_of(keyword)
+        sounds = self.sounds(keyword)
+        for number in {number for sound in sounds for number in self._by_sound.get(sound, ())} - found:
+            others = [word for word in words_of(self.names[number]) if word not in words]
+            if any(self.sounds(word) & sounds for word in others):
+                found.add(number)
+        return frozenset(found)
 
     def is_unrelated(self, context: str, phrases: Iterable[str], *, text: str, keywords: Sequence[str]) -> bool:
         """Whether a context has nothing of a text: none of its words but function words, nothing like a keyword.
@@ -114,7 +141,7 @@ class NamePool:
         for _ in range(TRIES * count):
             if len(chosen) == count:
                 return chosen
-            take(int(rng.random() * len(self.names)))
+            take(bisect(self._cumulated, rng.random() * self._cumulated[-1]))
         for number in shuffled(rng, range(len(self.names))):
             if len(chosen) == count:
                 break

@@ -28,6 +28,8 @@ class Templates(NamedTuple):
 FORMS = ("list", "contacts", "titles", "places", "description", "agenda", "dialogue", "edits")
 SENTENCES = ("description", "agenda", "dialogue", "edits")  # what a language model is asked to write
 
+ONE_BY_ONE = ("agenda", "dialogue")
+
 ENGLISH = Templates(
     comma=", ",
     stop="; ",

@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from ..phonetics import HAN, plain_letters
@@ -25,28 +26,40 @@ FUNCTION_WORDS = frozenset(
 )
 
 
+class _Printable(dict):
+    """A table for str.translate, filled as characters come: white space becomes a blank, what has no shape nothing."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        blank = category[0] == "Z" or character.isspace()
+        kept = category[0] != "C" or category == "Co" or character in JOINERS
+        return self.setdefault(code, " " if blank else character if kept else "")
+
+
+PRINTABLE = _Printable()
+
+
 def clean_context(text: str) -> str:
     """Return a text on one line: control and format characters dropped, white space made single blanks."""
-    kept = []
-    for character in text:
-        category = unicodedata.category(character)
-        if category[0] == "Z" or character.isspace():
-            kept.append(" ")
-        elif category[0] != "C" or category == "Co" or character in JOINERS:
-            kept.append(character)
-    return " ".join("".join(kept).split())
+    return " ".join(text.translate(PRINTABLE).split())
 
 
-def words_of(text: str) -> list[str]:
+@lru_cache(maxsize=1 << 14)
+def words_of(text: str) -> tuple[str, ...]:
     """Return the words of a text as they are compared: plain letters, each Chinese character a word."""
-    return re.sub(HAN, r" \g<0> ", plain_letters(text)).split()
+    plain = plain_letters(text)
+    return tuple((plain if plain.isascii() else re.sub(HAN, r" \g<0> ", plain)).split())
 
 
-def content_words(text: str) -> set[str]:
+@lru_cache(maxsize=1 << 14)
+def content_words(text: str) -> frozenset[str]:
     """Return the words that say what a text is about; of Chinese, its pairs of neighbouring characters."""
     words = words_of(text)
+    if text.isascii():
+        return frozenset(words) - FUNCTION_WORDS
     pairs = {a + b for a, b in pairwise(words) if re.match(HAN, a) and re.match(HAN, b)}
-    return pairs | {word for word in words if word not in FUNCTION_WORDS and not re.match(HAN, word)}
+    return frozenset(pairs) | {word for word in words if word not in FUNCTION_WORDS and not re.match(HAN, word)}
 
 
 def contains(text: str, phrase: str) -> bool:
