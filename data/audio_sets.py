@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
+from .concat import ConcatConfig, joined
 from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
@@ -20,6 +21,7 @@ class AudioDataConfig:
     valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
     limits: PlanLimits = field(default_factory=PlanLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    concat: ConcatConfig = field(default_factory=ConcatConfig)  # of the training set
 
     def training(
         self,
@@ -34,8 +36,15 @@ class AudioDataConfig:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
             raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
-        corpus = Corpus.open(self.train)
         limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
+        corpus = joined(
+            Corpus.open(self.train),
+            self.concat,
+            plan=limits,
+            seed=seed,
+            require_text=require_text,
+            beside=[("frame labels", labels)],
+        )
         dataset = AudioDataset(
             corpus,
             augment=self.augment,
@@ -43,6 +52,7 @@ class AudioDataConfig:
             sample_rate=sample_rate,
             require_text=require_text,
             labels=labels,
+            gap_seconds=self.concat.gap_seconds,
         )
         return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
 
@@ -79,9 +89,14 @@ def heldout(
     sample_rate: int,
     require_text: bool = True,
     labels: FrameLabels | None = None,
+    concat: ConcatConfig | None = None,
 ) -> PlannedBatches:
-    """Return one pass over shards in a fixed order, without augmentation."""
-    corpus = Corpus.open(folders)
+    """Return one pass over shards in a fixed order, without augmentation; with `concat` of joined utterances."""
+    concat = concat or ConcatConfig()
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels)
+    beside = [("frame labels", labels)]
+    corpus = joined(Corpus.open(folders), concat, plan=plain, seed=0, require_text=require_text, beside=beside)
+    dataset = AudioDataset(
+        corpus, sample_rate=sample_rate, require_text=require_text, labels=labels, gap_seconds=concat.gap_seconds
+    )
     return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)
