@@ -192,7 +192,7 @@ class GroupedCorpus:
 def cut_run(
     seconds: list[float], characters: list[int], draws: list[float], *, cfg: ConcatConfig, most_characters: int
 ) -> list[int]:
-    """Return where groups start in a run of utterances that may all be joined. The draws, 0 to 1, choose the lengths."""
+    """Return where groups start in a run of utterances that may all be joined; the draws, 0 to 1, choose lengths."""
     starts, before = [0], None
     length, text, target = seconds[0], characters[0], cfg.min_seconds + (cfg.max_seconds - cfg.min_seconds) * draws[0]
     # Plain numbers in a plain loop, as in packing.py: 0.5 s per million utterances.
