@@ -1,5 +1,7 @@
 """Windows: they make up the audio, none is too long, and they are cut in the quiet."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def test_windows_make_up_the_audio_and_none_is_longer_than_asked(seconds, window
     waveform_N = np.random.default_rng(0).standard_normal(max(1, round(seconds * RATE))).astype(np.float32)
     spans = split_windows(waveform_N, sample_rate=RATE, window_seconds=window_seconds)
     assert spans[0].start == 0 and spans[-1].stop == len(waveform_N)
-    assert all(a.stop == b.start for a, b in zip(spans, spans[1:]))
+    assert all(a.stop == b.start for a, b in pairwise(spans))
     lengths = [span.stop - span.start for span in spans]
     assert max(lengths) <= round(window_seconds * RATE)
     if len(spans) > 1:  # no stub at the end, and not many more windows than it takes
