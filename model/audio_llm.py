@@ -28,12 +28,15 @@ from .assembled import AssembledModel
 from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
+from .context_search import ContextPrompt, ContextScorer
 from .converter import Converter, ConverterConfig
 from .ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode
-from .ctc_prefix import CTCPrefixes, JointScorer, TokenBytes
-from .decoding import DecodeConfig, Hypothesis, LLMScorer, StepScorer, decode
+from .ctc_prefix import CTCPrefixes, TokenBytes
+from .ctc_scorer import CTCGains, CTCScorer
+from .decoding import DecodeConfig, Hypothesis, StepScorer, decode
 from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
+from .llm_scorer import llm_scorer
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 from .speech_encoder import speech_encoder_facts
@@ -289,10 +292,18 @@ class AudioLLM(AssembledModel):
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
         config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
+        joint = config.context_search == "joint" and any(contexts_ids or [])
         prefixes = self.build_prompt(speech, contexts_ids)
+        if joint:
+            assert contexts_ids is not None
+            plain = self.build_prompt(speech)
+            prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
         sample_rate = self.fbank.cfg.sample_rate
         limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
-        scorer = self._step_scorer(speech, config)
+        llm, ctc = llm_scorer(self.llm), self._ctc_gains(speech, config) if config.ctc_weight else None
+        scorer: StepScorer = llm if ctc is None else CTCScorer(llm, ctc)
+        if joint:
+            scorer = ContextScorer(llm, config=config, ctc=ctc)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
 
     @property
@@ -300,10 +311,7 @@ class AudioLLM(AssembledModel):
         """How the model transcribes where nothing else is asked for."""
         return DecodeConfig(**self.config.decode)
 
-    def _step_scorer(self, speech: SpeechOutput, config: DecodeConfig) -> StepScorer:
-        scorer = LLMScorer(self.llm)
-        if not config.ctc_weight:
-            return scorer
+    def _ctc_gains(self, speech: SpeechOutput, config: DecodeConfig) -> CTCGains:
         if self.ctc_head is None:
             raise ValueError(
                 f"decode.ctc_weight is {config.ctc_weight} and the model has no CTC head; set it to 0, or train with "
@@ -312,8 +320,7 @@ class AudioLLM(AssembledModel):
         if self._token_bytes is None or self._token_bytes.bytes_VY.device != self.device:
             vocabulary = self.llm.get_input_embeddings().num_embeddings
             self._token_bytes = TokenBytes(self.processor.tokenizer, vocab_size=vocabulary, device=self.device)
-        return JointScorer(
-            scorer,
+        return CTCGains(
             CTCPrefixes(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B),
             tokens=self._token_bytes,
             end=self.prompt_tokens.end,
@@ -341,6 +348,7 @@ class AudioLLM(AssembledModel):
             nbest=num_return_sequences,
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
+            context_top_k=max(num_beams, DecodeConfig.context_top_k),
         )
         nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, config=config)
         rows = [torch.tensor(h.ids + [self.prompt_tokens.end] * h.complete) for nbests in nbest for h in nbests]

@@ -1,27 +1,19 @@
-"""Joint decoding with CTC: what the CTC head heard of a hypothesis steers the LLM's search.
+"""CTC prefix probabilities: how likely is it that what was said begins with these bytes?
 
-The score of a token is (1 - w) log p_LLM + w (log of the CTC's prefix probability with the token, less that without).
 A prefix probability sums over all alignments of the bytes so far and everything that may follow (Watanabe et al. 2017,
-https://ieeexplore.ieee.org/document/8068205, algorithm 2). It keeps an LLM from running on without listening, and an
-LLM that knows the language corrects what CTC misspells. A small LLM gains most; 0 switches it off.
-
-The recursion over frames is linear, so it is two cumulative sums in the log domain for each byte, over all rows,
-candidates and frames at once. Not every token is scored: of the tokens that the LLM finds likeliest (400 of them)
-CTC looks at the first two bytes, which many of them share; the best `candidates` by that are scored whole. An LLM that
-hardly listens does not have the word that was said among its first 20.
+https://ieeexplore.ieee.org/document/8068205, algorithm 2). The recursion over frames is linear, so it is two cumulative
+sums in the log domain for each byte, over all rows, candidates and frames at once.
 
 Shape letters: B utterances, T encoder frames, W classes of the CTC head (the last is the blank), R rows of the search,
-P tokens looked at, C candidates, N = any number of prefixes, Y bytes of the longest token, V vocabulary.
+N = any number of prefixes, Y bytes of the longest token, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-from .decoding import MOST_CTC_CANDIDATES, StepScorer
 
 
 class Prefix(NamedTuple):
@@ -126,92 +118,3 @@ def _byte_level_table() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-class JointScorer:
-    """An LLM's scorer and CTC prefixes as one step scorer."""
-
-    def __init__(
-        self,
-        llm: StepScorer,
-        ctc: CTCPrefixes,
-        *,
-        tokens: TokenBytes,
-        end: int,
-        weight: float,
-        candidates: int,
-    ):
-        self.llm, self.ctc, self.tokens = llm, ctc, tokens
-        self.end, self.weight, self.candidates = end, weight, candidates
-        self.prefix = ctc.empty()
-
-    def start(self, prefixes: list[Any]) -> Tensor:
-        return self._joined(self.llm.start(prefixes))
-
-    def step(self, tokens_R: Tensor) -> Tensor:
-        rows_R = torch.arange(len(tokens_R), device=tokens_R.device)
-        bytes_RY, lengths_R = self._spoken(rows_R, tokens_R)
-        self.prefix = self._spelled_out(self.prefix, rows_R, bytes_RY, lengths_R, first=0)
-        return self._joined(self.llm.step(tokens_R))
-
-    def select(self, rows_R: Tensor) -> None:
-        self.llm.select(rows_R)
-        self.ctc.select(rows_R)
-        self.prefix = self.prefix.of(rows_R)
-
-    def _joined(self, llm_RV: Tensor) -> Tensor:
-        """Return the joint scores_RV; -inf for all but the candidates and the end token."""
-        R, V = llm_RV.shape
-        llm_RP, token_RP = llm_RV.topk(min(MOST_CTC_CANDIDATES, V), dim=-1)
-        rows_N = torch.arange(R, device=llm_RV.device).repeat_interleave(token_RP.shape[1])
-        bytes_NY, lengths_N = self._spoken(rows_N, token_RP.flatten())
-        begun, place_N = self._first_two_bytes(rows_N, bytes_NY, lengths_N)
-        gained_RP = (begun.score_R[place_N] - self.prefix.score_R[rows_N]).view_as(llm_RP)
-        gained_RP = gained_RP.masked_fill((lengths_N == 0).view_as(gained_RP), -math.inf)
-        best_RC = self._mixed(llm_RP, gained_RP).topk(min(self.candidates, llm_RP.shape[1]), dim=-1).indices
-        chosen_N = (best_RC + torch.arange(R, device=best_RC.device)[:, None] * llm_RP.shape[1]).flatten()
-        whole = self._spelled_out(
-            begun.of(place_N[chosen_N]), rows_N[chosen_N], bytes_NY[chosen_N], lengths_N[chosen_N], first=2
-        )
-        gained_RC = whole.score_R.view_as(best_RC) - self.prefix.score_R[:, None]
-        gained_RC = gained_RC.masked_fill((lengths_N[chosen_N] == 0).view_as(best_RC), -math.inf)
-        gained_RV = gained_RC.new_full((R, V), -math.inf).scatter(1, token_RP.gather(1, best_RC), gained_RC)
-        gained_RV[:, self.end] = self.ctc.whole(self.prefix) - self.prefix.score_R
-        return self._mixed(llm_RV, gained_RV).to(llm_RV.dtype)
-
-    def _mixed(self, llm: Tensor, gained: Tensor) -> Tensor:
-        # A prefix that CTC rules out gains nothing in any way; -inf less -inf would be NaN.
-        gained = gained.nan_to_num(nan=-math.inf, posinf=0.0, neginf=-math.inf)
-        return (1 - self.weight) * llm.double() + self.weight * gained
-
-    def _spoken(self, rows_N: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's bytes and how many they are. A space at the very start of a transcript is not spoken."""
-        bytes_NY, lengths_N = self.tokens.bytes_VY[tokens_N], self.tokens.lengths_V[tokens_N]
-        silent_N = (self.prefix.last_R[rows_N] == -1) & self.tokens.starts_with_space_V[tokens_N]
-        bytes_NY = torch.where(silent_N[:, None], bytes_NY.roll(-1, dims=1), bytes_NY)
-        return bytes_NY, lengths_N - silent_N.long()
-
-    def _first_two_bytes(self, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor) -> tuple[Prefix, Tensor]:
-        """Return the rows' prefixes with the first two bytes of each token, equal ones once, and which is token n's."""
-        group_N, prefix, row_G = rows_N, self.prefix, torch.arange(len(self.prefix.last_R), device=rows_N.device)
-        for y in range(min(2, bytes_NY.shape[1])):
-            # 256 for "no further byte": such a group goes on as it is.
-            byte_N = torch.where(y < lengths_N, bytes_NY[:, y], 256)
-            key_G, group_N = torch.unique(group_N * 257 + byte_N, return_inverse=True)
-            parent_G, byte_G = key_G // 257, key_G % 257
-            row_G = row_G[parent_G]
-            longer = (byte_G < 256).long()
-            prefix = self._spelled_out(prefix.of(parent_G), row_G, byte_G[:, None], longer, first=0)
-        return prefix, group_N
-
-    def _spelled_out(
-        self, prefix: Prefix, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor, *, first: int
-    ) -> Prefix:
-        """Return `prefix`, N of the rows `rows_N`, with the bytes from number `first` on appended to each."""
-        prefix = Prefix(*(value.clone() for value in prefix))
-        for y in range(first, int(lengths_N.max())):
-            active = (y < lengths_N).nonzero()[:, 0]
-            longer = self.ctc.extend(prefix.of(active), rows_N[active], bytes_NY[active, y])
-            for old, new in zip(prefix, longer):
-                old[active] = new
-        return prefix
