@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from .augment import AugmentConfig
 from .batches import PlannedBatches
 from .concat import ConcatConfig, joined
+from .contexts.draw import DrawnContexts, WithContexts
 from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
-from .plan import Plan, PlanConfig, PlanLimits
+from .plan import Plan, PlanConfig, PlanLimits, UtteranceIndex
 
 
 @dataclass
@@ -32,6 +33,7 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: DrawnContexts | None = None,
     ) -> PlannedBatches:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
@@ -43,7 +45,7 @@ class AudioDataConfig:
             plan=limits,
             seed=seed,
             require_text=require_text,
-            beside=[("frame labels", labels)],
+            beside=[("frame labels", labels), ("contexts", contexts)],
         )
         dataset = AudioDataset(
             corpus,
@@ -52,9 +54,11 @@ class AudioDataConfig:
             sample_rate=sample_rate,
             require_text=require_text,
             labels=labels,
+            contexts=contexts,
             gap_seconds=self.concat.gap_seconds,
         )
-        return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
+        planned = Plan(_planned(corpus, contexts), limits, seed=seed, micro_batches_per_step=micro_batches)
+        return PlannedBatches(planned, dataset)
 
     def validation(
         self,
@@ -64,8 +68,9 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: dict[str, DrawnContexts] | None = None,
     ) -> dict[str, PlannedBatches]:
-        """Return each validation set in a fixed order, without augmentation."""
+        """Return each validation set in a fixed order, without augmentation; `contexts` by the name of the set."""
         return {
             name: heldout(
                 folder,
@@ -75,6 +80,7 @@ class AudioDataConfig:
                 sample_rate=sample_rate,
                 require_text=require_text,
                 labels=labels,
+                contexts=(contexts or {}).get(name),
             )
             for name, folder in self.valid.items()
         }
@@ -89,14 +95,25 @@ def heldout(
     sample_rate: int,
     require_text: bool = True,
     labels: FrameLabels | None = None,
+    contexts: DrawnContexts | None = None,
     concat: ConcatConfig | None = None,
 ) -> PlannedBatches:
     """Return one pass over shards in a fixed order, without augmentation; with `concat` of joined utterances."""
     concat = concat or ConcatConfig()
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    beside = [("frame labels", labels)]
+    beside = [("frame labels", labels), ("contexts", contexts)]
     corpus = joined(Corpus.open(folders), concat, plan=plain, seed=0, require_text=require_text, beside=beside)
     dataset = AudioDataset(
-        corpus, sample_rate=sample_rate, require_text=require_text, labels=labels, gap_seconds=concat.gap_seconds
+        corpus,
+        sample_rate=sample_rate,
+        require_text=require_text,
+        labels=labels,
+        contexts=contexts,
+        gap_seconds=concat.gap_seconds,
     )
-    return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)
+    planned = Plan(_planned(corpus, contexts), plain, seed=0, micro_batches_per_step=micro_batches)
+    return PlannedBatches(planned, dataset)
+
+
+def _planned(corpus: UtteranceIndex, contexts: DrawnContexts | None) -> UtteranceIndex:
+    return WithContexts(corpus, contexts) if contexts is not None else corpus

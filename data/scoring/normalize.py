@@ -26,6 +26,8 @@ from pathlib import Path
 
 # Han (with extensions, compatibility forms, 々 and 〇) and kana: scripts written without spaces. Hangul has spaces.
 CJK = "\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+# All scripts written without spaces: those and Thai, Lao, Burmese, Khmer.
+UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 # Raise with any change of the rules below: tests/data/scoring/test_normalize.py pins what each version returns.
 MANDARIN_VERSION = "1"
 CODE_SWITCH_VERSION = "1"
