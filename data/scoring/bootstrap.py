@@ -58,9 +58,9 @@ def bootstrap_statistic(
     replicates: int = 1000,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Return the interval of a function of column sums, sums_RC -> values_R, such as an F1; NaN replicates are left out.
+    """Return the interval of a function of column sums, sums_RC -> values_R, such as an F1.
 
-    None with fewer than two utterances, or where the value itself is NaN.
+    Replicates that give NaN are left out. None with fewer than two utterances, or where the value itself is NaN.
     """
     _check(replicates, confidence)
     if len(columns_NC) < 2 or np.isnan(statistic(columns_NC.sum(axis=0, keepdims=True))).any():

@@ -20,6 +20,7 @@ Shape letters: N utterances, C counts.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,8 @@ def score_context(report: ScoreReport, *, plain: ScoreReport, seed: int = 0, rep
     groups = sound_groups(report.equivalences)
     judged, by_chance = [], []
     for i, utterance in enumerate(report.utterances):
-        known = dict(
+        against = partial(
+            judge,
             reference=report.references[i],
             plain=plain.hypotheses[order[i]],
             keywords=[phrase_of(word) for word in report.keywords[i]],
@@ -108,8 +110,8 @@ def score_context(report: ScoreReport, *, plain: ScoreReport, seed: int = 0, rep
             lang=utterance.lang or "en",
             groups=groups,
         )
-        judged.append(judge(report.hypotheses[i], **known))
-        by_chance.append(judge(plain.hypotheses[order[i]], **known))
+        judged.append(against(report.hypotheses[i]))
+        by_chance.append(against(plain.hypotheses[order[i]]))
     metric, ids = METRICS[report.stamp.unit], [utterance.id for utterance in report.utterances]
     return ContextReport(
         rates=_ratios(judged, metric=metric, seed=seed, replicates=replicates),

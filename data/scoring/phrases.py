@@ -6,12 +6,12 @@ function words, pairs of neighbouring Han characters, runs of kana or Thai; the 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from .errors import METRICS, MIXED_TOKEN
-from .normalize import CJK, UNSPACED
+from .normalize import CJK, SPACE_AT_UNSPACED, UNSPACED
 
 Phrase = tuple[str, ...]
 
@@ -19,19 +19,18 @@ _TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff]")
 _CJK = re.compile(f"[{CJK}]")
-_SPACE_AT_UNSPACED = re.compile(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
 _UNITS = {"word": re.compile(r"\S+"), "char": re.compile(r"."), "mixed": MIXED_TOKEN}
 # Words that a sentence-like context shares with any other sentence: to emit one says nothing of copying.
-FUNCTION_WORDS = frozenset(
-    """a about after again all also am an and any are as at be been before being but by can could d did do does doing
-    done down for from get go going got had has have having he her here hers him his how i if in into is it its just
-    let like ll m may me might mine more most my no nor not now of off on one or other our out over please re s shall
-    she should so some such t than that the their them then there these they this those through to too under until up
-    us ve very was we were what when where which while who whom whose why will with would yes you your
-    der die das den dem des ein eine einen einem einer und oder mit von zu im auf ist sind nicht ich du er sie es
-    le la les un une du de et ou avec en dans sur est sont pas je tu il elle
-    el los las uno una y o con por para son que se al""".split()
-)
+_ENGLISH = """
+a about after again all also am an and any are as at be been before being but by can could d did do does doing done down
+for from get go going got had has have having he her here hers him his how i if in into is it its just let like ll m may
+me might mine more most my no nor not now of off on one or other our out over please re s shall she should so some such
+t than that the their them then there these they this those through to too under until up us ve very was we were what
+when where which while who whom whose why will with would yes you your"""
+_GERMAN = "der die das den dem des ein eine einen einem einer und oder mit von zu im auf ist sind nicht ich du er sie"
+_FRENCH = "le la les un une de du et ou avec en dans sur est sont pas je tu il elle nous vous"
+_SPANISH = "el los las uno una y o con por para son que se al"
+FUNCTION_WORDS = frozenset(" ".join((_ENGLISH, _GERMAN, _FRENCH, _SPANISH)).split())
 
 
 class Tokens(Sequence[str]):
@@ -95,7 +94,7 @@ def phrase_of(text: str) -> Phrase:
 
 def shown(tokens: Sequence[str]) -> str:
     """Return tokens as they are written: spaces between words only."""
-    return _SPACE_AT_UNSPACED.sub("", " ".join(tokens))
+    return SPACE_AT_UNSPACED.sub("", " ".join(tokens))
 
 
 @lru_cache(maxsize=1 << 18)
@@ -110,7 +109,7 @@ def _pieces(phrase: Phrase) -> Iterator[Phrase]:
         if kind == "word":
             yield from ((token,) for token in tokens if token.casefold() not in FUNCTION_WORDS)
         elif kind == "han":
-            yield from zip(tokens, tokens[1:])  # one character alone is in too many words
+            yield from pairwise(tokens)  # one character alone is in too many words
         elif len(tokens) > 1:
             yield tokens
 
@@ -119,3 +118,16 @@ def _kind(token: str) -> str:
     if not _UNSPACED.fullmatch(token):
         return "word"
     return "han" if _CJK.fullmatch(token) and not _KANA.fullmatch(token) else "run"
+
+
+def keywords_of(
+    meta: Mapping, *, reference: str, phrases: Iterable[str], normalize: Callable[[str], str]
+) -> tuple[str, ...]:
+    """Return an utterance's keywords: those of its meta, or if it has none those context phrases that were said."""
+    given = meta.get("keywords") or []
+    if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+        raise ValueError(f"keywords of {meta.get('id', 'an utterance')!r} are {given!r}, not a list of texts")
+    if given:
+        return tuple(given)
+    said, found = Tokens(normalize(reference)), {phrase: phrase_of(normalize(phrase)) for phrase in phrases}
+    return tuple(phrase for phrase, tokens in found.items() if tokens and said.occurrences(tokens))
