@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
+from .concat import ConcatConfig, joined
 from .contexts.draw import DrawnContexts, WithContexts
 from .frame_labels import FrameLabels
 from .index import Corpus
@@ -21,6 +22,7 @@ class AudioDataConfig:
     valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
     limits: PlanLimits = field(default_factory=PlanLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    concat: ConcatConfig = field(default_factory=ConcatConfig)  # of the training set
 
     def training(
         self,
@@ -36,8 +38,15 @@ class AudioDataConfig:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
             raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
-        corpus = Corpus.open(self.train)
         limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
+        corpus = joined(
+            Corpus.open(self.train),
+            self.concat,
+            plan=limits,
+            seed=seed,
+            require_text=require_text,
+            beside=[("frame labels", labels), ("contexts", contexts)],
+        )
         dataset = AudioDataset(
             corpus,
             augment=self.augment,
@@ -46,6 +55,7 @@ class AudioDataConfig:
             require_text=require_text,
             labels=labels,
             contexts=contexts,
+            gap_seconds=self.concat.gap_seconds,
         )
         planned = Plan(_planned(corpus, contexts), limits, seed=seed, micro_batches_per_step=micro_batches)
         return PlannedBatches(planned, dataset)
@@ -86,14 +96,24 @@ def heldout(
     require_text: bool = True,
     labels: FrameLabels | None = None,
     contexts: DrawnContexts | None = None,
+    concat: ConcatConfig | None = None,
 ) -> PlannedBatches:
-    """Return one pass over shards in a fixed order, without augmentation."""
-    corpus = Corpus.open(folders)
+    """Return one pass over shards in a fixed order, without augmentation; with `concat` of joined utterances."""
+    concat = concat or ConcatConfig()
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels, contexts=contexts)
+    beside = [("frame labels", labels), ("contexts", contexts)]
+    corpus = joined(Corpus.open(folders), concat, plan=plain, seed=0, require_text=require_text, beside=beside)
+    dataset = AudioDataset(
+        corpus,
+        sample_rate=sample_rate,
+        require_text=require_text,
+        labels=labels,
+        contexts=contexts,
+        gap_seconds=concat.gap_seconds,
+    )
     planned = Plan(_planned(corpus, contexts), plain, seed=0, micro_batches_per_step=micro_batches)
     return PlannedBatches(planned, dataset)
 
 
-def _planned(corpus: Corpus, contexts: DrawnContexts | None) -> UtteranceIndex:
+def _planned(corpus: UtteranceIndex, contexts: DrawnContexts | None) -> UtteranceIndex:
     return WithContexts(corpus, contexts) if contexts is not None else corpus

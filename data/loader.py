@@ -19,10 +19,12 @@ from torch.utils.data import Dataset
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
 from .batches import STAND_IN_KEY, BadUtterance, WithTexts
+from .concat import GroupedCorpus
 from .contexts.draw import DrawnContexts
 from .contexts.sidecar import StaleContexts, UtteranceContext
 from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
 from .index import Corpus, parse_meta
+from .joining import join_metas, join_waveforms
 from .payload import PayloadReader
 from .plan import MicroBatch
 
@@ -54,6 +56,11 @@ class AudioBatch(WithTexts):
         return len(self.keys)
 
     @property
+    def utterances(self) -> int:
+        """Joined ones count as all that they were joined from."""
+        return sum(len(meta.get("members", "1")) for meta in self.meta)
+
+    @property
     def seconds(self) -> float:
         """Audio without padding."""
         return int(self.lengths_B.sum()) / self.sample_rate
@@ -83,12 +90,13 @@ class AudioDataset(Dataset):
 
     `require_text` makes an utterance without text a bad one: for training on transcripts. With `labels` a batch has
     frame labels; those of other audio raise StaleLabels. With `contexts` it has contexts, as they are drawn for its
-    epoch; those of other utterances raise StaleContexts.
+    epoch; those of other utterances raise StaleContexts. A grouped corpus (concat.py) gives joined utterances, with
+    `gap_seconds` in between.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | GroupedCorpus,
         *,
         augment: AugmentConfig | None = None,
         seed: int = 0,
@@ -96,9 +104,10 @@ class AudioDataset(Dataset):
         require_text: bool = False,
         labels: FrameLabels | None = None,
         contexts: DrawnContexts | None = None,
+        gap_seconds: float = 0.0,
     ):
         self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
-        self.labels, self.contexts = labels, contexts
+        self.labels, self.contexts, self.gap_seconds = labels, contexts, gap_seconds
         self.reader = PayloadReader()
         self.augment = None
         if augment is not None:
@@ -118,7 +127,7 @@ class AudioDataset(Dataset):
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
             key = utterance_key(at)
             try:
-                waveform, meta = read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)
+                waveform, meta = self._read(path, self.corpus.members(shard, row), bad)
                 text = meta.get("text") or ""
                 if not isinstance(text, str):
                     raise ValueError(f"its text is a {type(text).__name__}, not a string")
@@ -159,6 +168,25 @@ class AudioDataset(Dataset):
             label_lengths_B,
             contexts if self.contexts is not None else None,
         )
+
+    def _read(self, path: Path, members: np.ndarray, bad: list[BadUtterance]) -> tuple[np.ndarray, dict]:
+        """Return waveform and meta of an utterance, or of several joined. Of these, bad ones are named and left out."""
+        if len(members) == 1:
+            return read_utterance(path, members[0], reader=self.reader, sample_rate=self.sample_rate)
+        read: dict[str, tuple[np.ndarray, dict]] = {}
+        for at in members:
+            try:
+                waveform, meta = read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)
+                if not isinstance(text := meta.get("text") or "", str):
+                    raise ValueError(f"its text is a {type(text).__name__}, not a string")
+                read[utterance_key(at)] = waveform, meta
+            except (ValueError, OSError) as error:
+                bad.append(BadUtterance(str(path), utterance_key(at), str(error)))
+        if not read:
+            raise ValueError(f"none of its {len(members)} utterances can be used")
+        waveforms, metas = zip(*read.values())
+        gap = round(self.gap_seconds * self.sample_rate)
+        return join_waveforms(waveforms, gap=gap, sample_rate=self.sample_rate), join_metas(metas, keys=list(read))
 
     def _context(self, path: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:
         return self.contexts.of(path, row, key=key, epoch=epoch) if self.contexts is not None else None

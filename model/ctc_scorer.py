@@ -37,7 +37,7 @@ class CTCGains:
         """Append one token to every row."""
         rows_R = torch.arange(len(tokens_R), device=tokens_R.device)
         bytes_RY, lengths_R = self._spoken(rows_R, tokens_R)
-        self.prefix = self._spelled_out(self.prefix, rows_R, bytes_RY, lengths_R, first=0)
+        self.prefix = self.ctc.moved_on(self._spelled_out(self.prefix, rows_R, bytes_RY, lengths_R, first=0))
 
     def select(self, rows_R: Tensor) -> None:
         """Keep these rows, in this order."""
