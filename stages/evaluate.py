@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.audio_clips import AudioClips
 from ..data.audio_sets import heldout
 from ..data.batches import PlannedBatches
 from ..data.contexts.sidecar import Contexts, UtteranceContext
-from ..data.index import Corpus
 from ..data.loader import AudioBatch, utterance_key
-from ..data.payload import PayloadReader
 from ..data.plan import MicroBatch, PlanLimits
 from ..data.scoring import (
     NONE,
@@ -41,7 +40,6 @@ from .runtime.train_config import PRECISIONS, require_choice
 from .runtime.world import World, init_world
 
 AUDIO = ("own", "silence", "other")
-MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 NO_CONTEXT = UtteranceContext("empty", "")
 DecodeOverrides = all_optional(DecodeConfig, name="DecodeOverrides")
 
@@ -54,6 +52,9 @@ class EvaluateConfig(StageConfig):
     contexts: dict[str, str] = field(default_factory=dict)
     # Condition -> the highest echo rate allowed, a fraction. Above it the run fails, after everything is written.
     max_echo: dict[str, float] = field(default_factory=dict)
+    tell_language: bool = (
+        False  # whether the instruction names each utterance's language, where the recogniser knows it
+    )
     normalizer: str = ""  # empty: what suits the languages of the corpus (data/scoring/languages.py)
     unit: str = ""  # word, char or mixed; empty: the normaliser's own, or what suits the languages
     equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
@@ -94,6 +95,8 @@ class Evaluate:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
         model = AudioLLM.from_pretrained(acllm.path, dtype=dtype).to(world.device).eval()
         acllm.require(acllm_facts(model), wanted_by="what was loaded from it")
+        if cfg.tell_language and not model.processor.prompts.languages:
+            raise ValueError(f"tell_language: {acllm.path} was trained without prompts.languages; leave it out")
         decode = replace(model.decode_config, **given_values(cfg.decode))
         shares = world.gather(list(self._decode(cfg, model, world, decode)))
         problem = self._report(cfg, shares, writer, acllm=acllm, decode=decode) if world.is_main else ""
@@ -139,6 +142,9 @@ class Evaluate:
     ) -> Iterator[tuple[str, ScoredUtterance]]:
         waveforms_BN, lengths_B = _heard(cfg.audio, batch)
         seconds = (batch.lengths_B / model.fbank.cfg.sample_rate).tolist()
+        known = model.processor.prompts.languages if cfg.tell_language else {}
+        tags = [meta.get("lang") or "" for meta in batch.meta]
+        told = [tag if tag in known else None for tag in tags]
         normalize = get_normalizer(cfg.normalizer or "multilingual")
         keywords = [
             keywords_of(meta, reference=text, phrases=[p for c in contexts for p in c.phrases], normalize=normalize)
@@ -147,7 +153,9 @@ class Evaluate:
         for condition, contexts in ({NONE: [NO_CONTEXT] * len(batch)} | given).items():
             started = time.perf_counter()
             contexts_ids = model.processor.context_ids([context.text or None for context in contexts])
-            nbests = model.transcribe_ids(waveforms_BN, lengths_B, contexts_ids=contexts_ids, config=decode)
+            nbests = model.transcribe_ids(
+                waveforms_BN, lengths_B, contexts_ids=contexts_ids, languages=told, config=decode
+            )
             rtf = (time.perf_counter() - started) / batch.seconds
             for i, nbest in enumerate(nbests):
                 texts = tuple(model.processor.decode(hypothesis.ids) for hypothesis in nbest)
@@ -161,7 +169,7 @@ class Evaluate:
                         nbest=texts,
                         scores=tuple(hypothesis.score for hypothesis in nbest),
                         rtf=rtf,
-                        lang=batch.meta[i].get("lang") or "",
+                        lang=tags[i],
                         keywords=keywords[i],
                         phrases=contexts[i].phrases,
                     ),
@@ -193,7 +201,7 @@ class Evaluate:
             conditions=scores,
             runs={name: read_metrics(Path(run) / "metrics.jsonl") for name, run in cfg.learning_curves.items()},
             details={"model": acllm.hash, "data": cfg.data, "contexts": cfg.contexts, **asdict(decode)},
-            audio=_AudioClips(cfg.data),
+            audio=AudioClips(cfg.data),
             worst=cfg.worst,
         )
         writer.metrics.update(scores.metrics())
@@ -227,20 +235,3 @@ def _heard(audio: str, batch: AudioBatch) -> tuple[Tensor, Tensor]:
     if audio == "other":
         return batch.waveforms_BN.roll(1, dims=0), batch.lengths_B.roll(1)
     return batch.waveforms_BN, batch.lengths_B
-
-
-class _AudioClips:
-    """The corpus's own encoded audio, by key, for the report's players."""
-
-    def __init__(self, folder: str):
-        corpus, self.reader = Corpus.open(folder), PayloadReader()
-        self.places = {
-            utterance_key(at): (path, at) for shard, path in enumerate(corpus.shards) for at in corpus.index(shard)
-        }
-
-    def __call__(self, key: str) -> tuple[bytes, str] | None:
-        if key not in self.places:
-            return None
-        path, at = self.places[key]
-        clip = self.reader.read(path, offset=int(at["audio_offset"]), size=int(at["audio_size"]))
-        return clip, next((mime for magic, mime in MIME_TYPES.items() if clip.startswith(magic)), "audio/mpeg")
