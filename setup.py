@@ -57,6 +57,9 @@ setup(
         "tqdm>=4.70",
         "rapidfuzz>=3.10",
         "psutil>=7.0",
+        "httpx>=0.28",
+        "jellyfish>=1.2",
+        "pypinyin>=0.55",
     ],
     extras_require={
         "gpu": ["triton>=3.6"],

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
+from .contexts.draw import DrawnContexts, WithContexts
 from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
-from .plan import Plan, PlanConfig, PlanLimits
+from .plan import Plan, PlanConfig, PlanLimits, UtteranceIndex
 
 
 @dataclass
@@ -30,6 +31,7 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: DrawnContexts | None = None,
     ) -> PlannedBatches:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
@@ -43,8 +45,10 @@ class AudioDataConfig:
             sample_rate=sample_rate,
             require_text=require_text,
             labels=labels,
+            contexts=contexts,
         )
-        return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
+        planned = Plan(_planned(corpus, contexts), limits, seed=seed, micro_batches_per_step=micro_batches)
+        return PlannedBatches(planned, dataset)
 
     def validation(
         self,
@@ -54,8 +58,9 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: dict[str, DrawnContexts] | None = None,
     ) -> dict[str, PlannedBatches]:
-        """Return each validation set in a fixed order, without augmentation."""
+        """Return each validation set in a fixed order, without augmentation; `contexts` by the name of the set."""
         return {
             name: heldout(
                 folder,
@@ -65,6 +70,7 @@ class AudioDataConfig:
                 sample_rate=sample_rate,
                 require_text=require_text,
                 labels=labels,
+                contexts=(contexts or {}).get(name),
             )
             for name, folder in self.valid.items()
         }
@@ -79,9 +85,15 @@ def heldout(
     sample_rate: int,
     require_text: bool = True,
     labels: FrameLabels | None = None,
+    contexts: DrawnContexts | None = None,
 ) -> PlannedBatches:
     """Return one pass over shards in a fixed order, without augmentation."""
     corpus = Corpus.open(folders)
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels)
-    return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)
+    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels, contexts=contexts)
+    planned = Plan(_planned(corpus, contexts), plain, seed=0, micro_batches_per_step=micro_batches)
+    return PlannedBatches(planned, dataset)
+
+
+def _planned(corpus: Corpus, contexts: DrawnContexts | None) -> UtteranceIndex:
+    return WithContexts(corpus, contexts) if contexts is not None else corpus

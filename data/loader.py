@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
 from .batches import STAND_IN_KEY, BadUtterance, WithTexts
+from .contexts.draw import DrawnContexts
+from .contexts.sidecar import StaleContexts, UtteranceContext
 from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
 from .index import Corpus, parse_meta
 from .payload import PayloadReader
@@ -32,7 +34,7 @@ class AudioBatch(WithTexts):
     """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64).
 
     With frame labels, labels_BT are their codes (int64, NO_LABEL past the end) and label_lengths_B their numbers of
-    frames, 0 for the stand-in.
+    frames, 0 for the stand-in. With contexts, `contexts` has one for each utterance that is a triple in this epoch.
     """
 
     keys: list[str]
@@ -46,6 +48,7 @@ class AudioBatch(WithTexts):
     bad: list[BadUtterance] = field(default_factory=list)
     labels_BT: Tensor | None = None
     label_lengths_B: Tensor | None = None
+    contexts: list[UtteranceContext | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,7 +82,8 @@ class AudioDataset(Dataset):
     """Reads, decodes, resamples and augments the utterances of a micro-batch.
 
     `require_text` makes an utterance without text a bad one: for training on transcripts. With `labels` a batch has
-    frame labels; those of other audio raise StaleLabels.
+    frame labels; those of other audio raise StaleLabels. With `contexts` it has contexts, as they are drawn for its
+    epoch; those of other utterances raise StaleContexts.
     """
 
     def __init__(
@@ -91,8 +95,10 @@ class AudioDataset(Dataset):
         sample_rate: int = 16000,
         require_text: bool = False,
         labels: FrameLabels | None = None,
+        contexts: DrawnContexts | None = None,
     ):
-        self.corpus, self.sample_rate, self.require_text, self.labels = corpus, sample_rate, require_text, labels
+        self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
+        self.labels, self.contexts = labels, contexts
         self.reader = PayloadReader()
         self.augment = None
         if augment is not None:
@@ -107,7 +113,7 @@ class AudioDataset(Dataset):
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
-        keys, waveforms, texts, metas, codes, bad = [], [], [], [], [], []
+        keys, waveforms, texts, metas, codes, contexts, bad = [], [], [], [], [], [], []
         for shard, row in micro_batch.utterances:
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
             key = utterance_key(at)
@@ -119,22 +125,24 @@ class AudioDataset(Dataset):
                 if self.require_text and not text.strip():
                     raise ValueError("its text is empty")
                 codes_T = self._codes(path, row, at, samples=len(waveform))
+                context = self._context(path, row, key=key, epoch=micro_batch.epoch)
                 if self.augment:
                     waveform = self.augment(waveform, epoch=micro_batch.epoch, key=key)
-            except StaleLabels:
+            except (StaleLabels, StaleContexts):
                 raise
             except (ValueError, OSError) as error:
                 bad.append(BadUtterance(str(path), key, str(error)))
                 continue
             keys.append(key)
             codes.append(codes_T)
+            contexts.append(context)
             waveforms.append(waveform)
             texts.append(text)
             metas.append(meta)
         if not keys:
             # A rank without a forward pass would hang the others; silence without text is a valid one.
             keys, waveforms, texts, metas = [STAND_IN_KEY], [np.zeros(self.sample_rate, np.float32)], [""], [{}]
-            codes = [NO_CODES]
+            codes, contexts = [NO_CODES], [None]
         waveforms_BN, lengths_B = pad_waveforms(waveforms)
         labels_BT, label_lengths_B = pad_labels(codes) if self.labels is not None else (None, None)
         return AudioBatch(
@@ -149,7 +157,11 @@ class AudioDataset(Dataset):
             bad,
             labels_BT,
             label_lengths_B,
+            contexts if self.contexts is not None else None,
         )
+
+    def _context(self, path: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:
+        return self.contexts.of(path, row, key=key, epoch=epoch) if self.contexts is not None else None
 
     def _codes(self, path: Path, row: int, at: np.void, *, samples: int) -> np.ndarray:
         if self.labels is None:

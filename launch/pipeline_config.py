@@ -24,11 +24,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..stages.runtime.config import ConfigError, Source, merge, parse_override, read_sources
+from .commands.contextualize import load_contexts_config
 from .stage_lookup import find_config, load_stage_config
 
 C = TypeVar("C")
 # Commands that a pipeline may run, and whether `--out RUN/NAME` tells them where to write.
-COMMANDS = {"demo-corpus": True, "prepare": True, "index": False, "check-data": False, "transcribe": False}
+COMMANDS = {
+    "demo-corpus": True,
+    "prepare": True,
+    "contextualize": True,
+    "index": False,
+    "check-data": False,
+    "transcribe": False,
+}
 
 
 @dataclass
@@ -162,7 +170,10 @@ def _resolve(cfg: StepConfig, pipeline: PipelineConfig, *, file: Path, known: di
     options, arguments = _map_texts(cfg.set, fill), [fill(argument) for argument in cfg.args]
     if cfg.command is not None:
         writes = COMMANDS[cfg.command]
-        flags = [part for key, value in options.items() for part in _flag(key, value)]
+        if cfg.command == "contextualize":
+            flags = _contextualize_settings(options, where=f"{file}: step {cfg.name}")
+        else:
+            flags = [part for key, value in options.items() for part in _flag(key, value)]
         out = ["--out", str(folder)] if writes else []
         reads = {"command": cfg.command, "arguments": arguments, "options": options}
         return Step(cfg.name, cfg.command, [cfg.command, *arguments, *out, *flags], folder if writes else None, reads)
@@ -179,6 +190,18 @@ def _resolve(cfg: StepConfig, pipeline: PipelineConfig, *, file: Path, known: di
     nproc = cfg.nproc or pipeline.nproc
     reads = {"stage": cfg.stage, "config": {**loaded.values, "run_dir": None}}
     return Step(cfg.name, cfg.stage, [*arguments, "--nproc", str(nproc)], folder / "artifact", reads)
+
+
+def _contextualize_settings(options: Mapping[str, Any], *, where: str) -> list[str]:
+    """Return the settings of this command as it takes them, `key=value`; checked now, as those of a stage are."""
+    settings = {key: value for key, value in options.items() if key != "config"}
+    config = options.get("config")
+    texts = [f"{key}={yaml_argument(value)}" for key, value in settings.items()]
+    try:
+        load_contexts_config(config, overrides=texts)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return [*(["--config", str(config)] if config else []), *texts]
 
 
 def _flag(key: str, value: Any) -> list[str]:

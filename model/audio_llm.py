@@ -14,7 +14,7 @@ positions, L LLM width, V vocabulary.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +121,7 @@ class AudioLLM(AssembledModel):
                 f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds {table.num_embeddings}: "
                 "they are not from the same model folder"
             )
-        fbank, prompts = fbank or Fbank(FeatureConfig()), prompts or PromptConfig()
+        fbank, prompts = fbank or Fbank(FeatureConfig()), _with_room(prompts or PromptConfig(), llm.config)
         made: dict[str, Any] = {"fbank": fbank, "encoder": encoder, "llm": llm}
         converter = converter or ConverterConfig()
         if isinstance(converter, Converter):
@@ -152,6 +152,13 @@ class AudioLLM(AssembledModel):
     @processor.setter
     def processor(self, processor: AudioLLMProcessor) -> None:
         self._processor = processor
+
+    def set_prompts(self, prompts: PromptConfig) -> None:
+        """Use other texts around the speech from now on: in training, decoding and what is saved."""
+        processor = self.processor
+        processor.prompts = _with_room(prompts, self.llm.config)
+        self.prompt_tokens = PromptTokens.of(processor.prompts, tokenizer=processor.tokenizer)
+        self.config.prompts, self.config.prompt_tokens = asdict(processor.prompts), asdict(self.prompt_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,25 +194,36 @@ class AudioLLM(AssembledModel):
         acoustic_dtype = next(self.encoder.parameters()).dtype
         return self.encoder(features_BTF.to(acoustic_dtype), frames_B)
 
-    def build_prompt(self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None = None) -> list[Tensor]:
+    def build_prompt(
+        self,
+        speech: SpeechOutput,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+    ) -> list[Tensor]:
         """Return each utterance's prefix_PL, the embeddings of [instruction | context | speech], for decoding."""
         empty = [[] for _ in speech.lengths_B]
-        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=empty)
+        embeddings_BTL, lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=empty)
         return [prefix_TL[:length] for prefix_TL, length in zip(embeddings_BTL, lengths)]
 
     def _embed(
-        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, *, transcripts_ids: list[list[int]]
+        self,
+        speech: SpeechOutput,
+        contexts_ids: list[list[int] | None] | None,
+        languages: list[str | None] | None,
+        *,
+        transcripts_ids: list[list[int]],
     ) -> tuple[Tensor, list[int]]:
         """Return embeddings_BTL, padded on the right, and the lengths."""
         tokens, speech_lengths = self.prompt_tokens, speech.lengths_B.tolist()
         contexts = contexts_ids or [None] * len(speech_lengths)
-        if not len(contexts) == len(transcripts_ids) == len(speech_lengths):
+        languages = languages or [None] * len(speech_lengths)
+        if not len(contexts) == len(languages) == len(transcripts_ids) == len(speech_lengths):
             raise ValueError(
-                f"{len(speech_lengths)} utterances need as many transcripts and contexts, "
-                f"found {len(transcripts_ids)} and {len(contexts)}"
+                f"{len(speech_lengths)} utterances need as many transcripts, contexts and languages, "
+                f"found {len(transcripts_ids)}, {len(contexts)} and {len(languages)}"
             )
         layout = lay_out(
-            [tokens.before_speech(context) for context in contexts],
+            [tokens.before_speech(context, language) for context, language in zip(contexts, languages)],
             speech_lengths,
             [tokens.after + transcript for transcript in transcripts_ids],
             device=speech.speech_BSL.device,
@@ -225,17 +243,20 @@ class AudioLLM(AssembledModel):
         transcripts_ids: list[list[int]],
         contexts_ids: list[list[int] | None] | None = None,
         *,
+        languages: list[str | None] | None = None,
         ctc_targets: list[list[int]] | None = None,
         return_logits: bool = False,
     ) -> AudioLLMOutput:
         """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens.
 
-        `ctc_targets` (`ctc.text_bytes` of each transcript) adds the loss of the CTC head.
+        `languages` are tags of `prompts.languages`, which the instruction then names. `ctc_targets` (`ctc.text_bytes`
+        of each transcript) adds the loss of the CTC head.
         """
         if self.training and self.llm.training != self._llm_learns():
             self.train()  # what is trained was chosen after the mode was
         speech = self.encode_speech(waveforms, lengths)
-        logits_NV, targets_N, rows_N = self._target_logits(speech, contexts_ids, transcripts_ids)
+        embeddings_BTL, prompt_lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
+        logits_NV, targets_N, rows_N = self._target_logits(embeddings_BTL, prompt_lengths, transcripts_ids)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
         ctc = None
         if ctc_targets is not None:
@@ -251,9 +272,8 @@ class AudioLLM(AssembledModel):
         )
 
     def _target_logits(
-        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, transcripts_ids: list[list[int]]
+        self, embeddings_BTL: Tensor, lengths: list[int], transcripts_ids: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=transcripts_ids)
         targets = answer_targets(lengths, transcripts_ids, end=self.prompt_tokens.end, device=embeddings_BTL.device)
         logits_NV, _ = logits_at(
             self.llm, embeddings_BTL, rows_N=targets.rows_N, columns_N=targets.columns_N, use_cache=False
@@ -285,6 +305,7 @@ class AudioLLM(AssembledModel):
         lengths: Tensor,
         *,
         contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
         config: DecodeConfig | None = None,
     ) -> list[list[Hypothesis]]:
         """Return the N-best hypotheses of each utterance, best first; `config` None: by the model's own settings."""
@@ -293,10 +314,10 @@ class AudioLLM(AssembledModel):
         config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
         joint = config.context_search == "joint" and any(contexts_ids or [])
-        prefixes = self.build_prompt(speech, contexts_ids)
+        prefixes = self.build_prompt(speech, contexts_ids, languages)
         if joint:
             assert contexts_ids is not None
-            plain = self.build_prompt(speech)
+            plain = self.build_prompt(speech, languages=languages)
             prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
         sample_rate = self.fbank.cfg.sample_rate
         limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
@@ -334,6 +355,7 @@ class AudioLLM(AssembledModel):
         lengths: Tensor,
         *,
         contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
         num_beams: int = 1,
         num_return_sequences: int = 1,
         max_new_tokens: int = DecodeConfig.max_new_tokens,
@@ -350,7 +372,7 @@ class AudioLLM(AssembledModel):
             length_penalty=length_penalty,
             context_top_k=max(num_beams, DecodeConfig.context_top_k),
         )
-        nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, config=config)
+        nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, languages=languages, config=config)
         rows = [torch.tensor(h.ids + [self.prompt_tokens.end] * h.complete) for nbests in nbest for h in nbests]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.prompt_tokens.end)
         return ids.long().to(waveforms.device)
@@ -378,7 +400,15 @@ class AudioLLM(AssembledModel):
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
         if (Path(path) / "processor_config.json").is_file():
             model.processor = AudioLLMProcessor.from_pretrained(path)
+            # A folder from before contexts had a limit does not say what its LLM takes.
+            model.processor.prompts = _with_room(model.processor.prompts, model.llm.config)
         return (model, info) if report else model
+
+
+def _with_room(prompts: PromptConfig, llm_config: Any) -> PromptConfig:
+    """Return the prompts with a context limit that leaves at least half of the LLM's positions to everything else."""
+    positions = getattr(llm_config, "max_position_embeddings", None)
+    return replace(prompts, context_tokens=min(prompts.context_tokens, positions // 2)) if positions else prompts
 
 
 def acllm_facts(model: AudioLLM) -> dict[str, str | float]:

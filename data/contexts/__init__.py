@@ -1,0 +1,1 @@
+"""Contexts: what an utterance may be transcribed with, written from its transcript and kept beside the audio."""
