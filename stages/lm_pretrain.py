@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
@@ -86,7 +87,7 @@ class LMPretrain:
             prompt_tokens=PromptTokens.of(cfg.prompts, tokenizer=self.tokenizer),
             start=start,
             ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
-            separator=tokenize(self.tokenizer, ","),
+            separator=_separator(self.tokenizer),
             cfg=cfg.repetition,
         )
 
@@ -150,6 +151,12 @@ class LMPretrain:
 
     def _tokenize(self, batch: TextBatch) -> list[list[int]]:
         return [tokenize(self.tokenizer, text) for text in batch.texts]
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids between two phrases of a list, as contexts have them: those of `, ` where a word follows."""
+    word = tokenize(tokenizer, "a")
+    return tokenize(tokenizer, "a, a")[len(word) : -len(word)]
 
 
 def _where(nll_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
