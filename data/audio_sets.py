@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field
 
 from .augment import AugmentConfig
 from .batches import PlannedBatches
+from .concat import ConcatConfig, joined
+from .contexts.draw import DrawnContexts, WithContexts
 from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
-from .plan import Plan, PlanConfig, PlanLimits
+from .plan import Plan, PlanConfig, PlanLimits, UtteranceIndex
 
 
 @dataclass
@@ -20,6 +22,7 @@ class AudioDataConfig:
     valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
     limits: PlanLimits = field(default_factory=PlanLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    concat: ConcatConfig = field(default_factory=ConcatConfig)  # of the training set
 
     def training(
         self,
@@ -30,12 +33,20 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: DrawnContexts | None = None,
     ) -> PlannedBatches:
         """Return the shuffled, augmented training set in steps of `micro_batches`."""
         if not self.train:
             raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
-        corpus = Corpus.open(self.train)
         limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
+        corpus = joined(
+            Corpus.open(self.train),
+            self.concat,
+            plan=limits,
+            seed=seed,
+            require_text=require_text,
+            beside=[("frame labels", labels), ("contexts", contexts)],
+        )
         dataset = AudioDataset(
             corpus,
             augment=self.augment,
@@ -43,8 +54,11 @@ class AudioDataConfig:
             sample_rate=sample_rate,
             require_text=require_text,
             labels=labels,
+            contexts=contexts,
+            gap_seconds=self.concat.gap_seconds,
         )
-        return PlannedBatches(Plan(corpus, limits, seed=seed, micro_batches_per_step=micro_batches), dataset)
+        planned = Plan(_planned(corpus, contexts), limits, seed=seed, micro_batches_per_step=micro_batches)
+        return PlannedBatches(planned, dataset)
 
     def validation(
         self,
@@ -54,8 +68,9 @@ class AudioDataConfig:
         sample_rate: int,
         require_text: bool,
         labels: FrameLabels | None = None,
+        contexts: dict[str, DrawnContexts] | None = None,
     ) -> dict[str, PlannedBatches]:
-        """Return each validation set in a fixed order, without augmentation."""
+        """Return each validation set in a fixed order, without augmentation; `contexts` by the name of the set."""
         return {
             name: heldout(
                 folder,
@@ -65,6 +80,7 @@ class AudioDataConfig:
                 sample_rate=sample_rate,
                 require_text=require_text,
                 labels=labels,
+                contexts=(contexts or {}).get(name),
             )
             for name, folder in self.valid.items()
         }
@@ -79,9 +95,25 @@ def heldout(
     sample_rate: int,
     require_text: bool = True,
     labels: FrameLabels | None = None,
+    contexts: DrawnContexts | None = None,
+    concat: ConcatConfig | None = None,
 ) -> PlannedBatches:
-    """Return one pass over shards in a fixed order, without augmentation."""
-    corpus = Corpus.open(folders)
+    """Return one pass over shards in a fixed order, without augmentation; with `concat` of joined utterances."""
+    concat = concat or ConcatConfig()
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
-    dataset = AudioDataset(corpus, sample_rate=sample_rate, require_text=require_text, labels=labels)
-    return PlannedBatches(Plan(corpus, plain, seed=0, micro_batches_per_step=micro_batches), dataset)
+    beside = [("frame labels", labels), ("contexts", contexts)]
+    corpus = joined(Corpus.open(folders), concat, plan=plain, seed=0, require_text=require_text, beside=beside)
+    dataset = AudioDataset(
+        corpus,
+        sample_rate=sample_rate,
+        require_text=require_text,
+        labels=labels,
+        contexts=contexts,
+        gap_seconds=concat.gap_seconds,
+    )
+    planned = Plan(_planned(corpus, contexts), plain, seed=0, micro_batches_per_step=micro_batches)
+    return PlannedBatches(planned, dataset)
+
+
+def _planned(corpus: UtteranceIndex, contexts: DrawnContexts | None) -> UtteranceIndex:
+    return WithContexts(corpus, contexts) if contexts is not None else corpus

@@ -38,6 +38,10 @@ class WithTexts:
     texts: list[str]
 
     @property
+    def utterances(self) -> int:
+        return len(self.texts)
+
+    @property
     def characters(self) -> int:
         return sum(map(len, self.texts))
 

@@ -193,7 +193,7 @@ def _check_index(tar: Path, shard: str, groups: list[UtteranceMembers]) -> Itera
     if len(stored) != len(fresh):
         yield Problem(shard, "", f"the index has {len(stored)} utterances, the tar {len(fresh)}; {way_out}")
         return
-    names = fresh.dtype.names or ()
+    names = stored.dtype.names or ()  # of an earlier version they may be fewer
     wrong = np.flatnonzero(~np.logical_and.reduce([stored[name] == fresh[name] for name in names]))
     for row in wrong[:1]:
         fields = ", ".join(

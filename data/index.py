@@ -123,8 +123,20 @@ def index_dtype(key_bytes: int) -> np.dtype:
             ("sample_rate", "<i4"),
             ("text_chars", "<i4"),
             ("lang", "S8"),
+            ("speaker", "<i8"),  # hashes (`name_hash`): who speaks, and in which recording or conversation; 0: unknown
+            ("session", "<i8"),
         ]
     )
+
+
+WHO = ("speaker", "session")  # columns that an index may lack: it is from before there were any
+
+
+def name_hash(name: object) -> int:
+    """Return 64 bits for the name of a speaker or a session, 0 for none."""
+    if not isinstance(name, str | int) or not (spelled := str(name).strip()):
+        return 0
+    return int.from_bytes(hashlib.blake2b(spelled.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def parse_meta(payload: bytes, *, is_json: bool) -> dict:
@@ -179,6 +191,7 @@ def index_rows(tar_path: Path, groups: list[UtteranceMembers]) -> np.ndarray:
             text, lang = meta.get("text"), meta.get("lang")
             row["text_chars"] = len(text) if isinstance(text, str) else 0
             row["lang"] = lang.encode("utf-8")[:8] if isinstance(lang, str) else b""
+            row["speaker"], row["session"] = (name_hash(meta.get(name)) for name in WHO)
     return rows
 
 
@@ -214,7 +227,8 @@ def read_index(tar_path: str | Path) -> np.ndarray:
         raise MissingIndex(f"{tar_path}: no index beside it; run `seedling index {Path(tar_path).parent}`") from None
     except (ValueError, EOFError) as error:
         raise MissingIndex(f"{path}: not an index; run `seedling index {Path(tar_path).parent}` ({error})") from None
-    if rows.dtype.names != index_dtype(1).names:
+    columns = index_dtype(1).names
+    if rows.dtype.names not in (columns, columns[: -len(WHO)]):
         raise MissingIndex(f"{path}: an index of another version; run `seedling index {Path(tar_path).parent}`")
     return rows
 
@@ -290,6 +304,10 @@ class Corpus:
     def index(self, shard: int) -> np.ndarray:
         """The rows of one shard (mapped, read only)."""
         return read_index(self.shards[shard])
+
+    def members(self, shard: int, row: int) -> np.ndarray:
+        """The index rows that make up one row of the plan: here itself (concat.py joins several)."""
+        return self.index(shard)[row : row + 1]
 
     @cached_property
     def num_utterances(self) -> int:

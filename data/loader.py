@@ -19,8 +19,12 @@ from torch.utils.data import Dataset
 from .audio import read_audio
 from .augment import Augment, AugmentConfig, KeyedRandom
 from .batches import STAND_IN_KEY, BadUtterance, WithTexts
+from .concat import GroupedCorpus
+from .contexts.draw import DrawnContexts
+from .contexts.sidecar import StaleContexts, UtteranceContext
 from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
 from .index import Corpus, parse_meta
+from .joining import join_metas, join_waveforms
 from .payload import PayloadReader
 from .plan import MicroBatch
 
@@ -32,7 +36,7 @@ class AudioBatch(WithTexts):
     """Utterances of a micro-batch, zero padded: waveforms_BN float32 in [-1, 1], lengths_B in samples (int64).
 
     With frame labels, labels_BT are their codes (int64, NO_LABEL past the end) and label_lengths_B their numbers of
-    frames, 0 for the stand-in.
+    frames, 0 for the stand-in. With contexts, `contexts` has one for each utterance that is a triple in this epoch.
     """
 
     keys: list[str]
@@ -46,9 +50,15 @@ class AudioBatch(WithTexts):
     bad: list[BadUtterance] = field(default_factory=list)
     labels_BT: Tensor | None = None
     label_lengths_B: Tensor | None = None
+    contexts: list[UtteranceContext | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def utterances(self) -> int:
+        """Joined ones count as all that they were joined from."""
+        return sum(len(meta.get("members", "1")) for meta in self.meta)
 
     @property
     def seconds(self) -> float:
@@ -79,20 +89,25 @@ class AudioDataset(Dataset):
     """Reads, decodes, resamples and augments the utterances of a micro-batch.
 
     `require_text` makes an utterance without text a bad one: for training on transcripts. With `labels` a batch has
-    frame labels; those of other audio raise StaleLabels.
+    frame labels; those of other audio raise StaleLabels. With `contexts` it has contexts, as they are drawn for its
+    epoch; those of other utterances raise StaleContexts. A grouped corpus (concat.py) gives joined utterances, with
+    `gap_seconds` in between.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | GroupedCorpus,
         *,
         augment: AugmentConfig | None = None,
         seed: int = 0,
         sample_rate: int = 16000,
         require_text: bool = False,
         labels: FrameLabels | None = None,
+        contexts: DrawnContexts | None = None,
+        gap_seconds: float = 0.0,
     ):
-        self.corpus, self.sample_rate, self.require_text, self.labels = corpus, sample_rate, require_text, labels
+        self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
+        self.labels, self.contexts, self.gap_seconds = labels, contexts, gap_seconds
         self.reader = PayloadReader()
         self.augment = None
         if augment is not None:
@@ -107,34 +122,36 @@ class AudioDataset(Dataset):
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
-        keys, waveforms, texts, metas, codes, bad = [], [], [], [], [], []
+        keys, waveforms, texts, metas, codes, contexts, bad = [], [], [], [], [], [], []
         for shard, row in micro_batch.utterances:
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
             key = utterance_key(at)
             try:
-                waveform, meta = read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)
+                waveform, meta = self._read(path, self.corpus.members(shard, row), bad)
                 text = meta.get("text") or ""
                 if not isinstance(text, str):
                     raise ValueError(f"its text is a {type(text).__name__}, not a string")
                 if self.require_text and not text.strip():
                     raise ValueError("its text is empty")
                 codes_T = self._codes(path, row, at, samples=len(waveform))
+                context = self._context(path, row, key=key, epoch=micro_batch.epoch)
                 if self.augment:
                     waveform = self.augment(waveform, epoch=micro_batch.epoch, key=key)
-            except StaleLabels:
+            except (StaleLabels, StaleContexts):
                 raise
             except (ValueError, OSError) as error:
                 bad.append(BadUtterance(str(path), key, str(error)))
                 continue
             keys.append(key)
             codes.append(codes_T)
+            contexts.append(context)
             waveforms.append(waveform)
             texts.append(text)
             metas.append(meta)
         if not keys:
             # A rank without a forward pass would hang the others; silence without text is a valid one.
             keys, waveforms, texts, metas = [STAND_IN_KEY], [np.zeros(self.sample_rate, np.float32)], [""], [{}]
-            codes = [NO_CODES]
+            codes, contexts = [NO_CODES], [None]
         waveforms_BN, lengths_B = pad_waveforms(waveforms)
         labels_BT, label_lengths_B = pad_labels(codes) if self.labels is not None else (None, None)
         return AudioBatch(
@@ -149,7 +166,30 @@ class AudioDataset(Dataset):
             bad,
             labels_BT,
             label_lengths_B,
+            contexts if self.contexts is not None else None,
         )
+
+    def _read(self, path: Path, members: np.ndarray, bad: list[BadUtterance]) -> tuple[np.ndarray, dict]:
+        """Return waveform and meta of an utterance, or of several joined. Of these, bad ones are named and left out."""
+        if len(members) == 1:
+            return read_utterance(path, members[0], reader=self.reader, sample_rate=self.sample_rate)
+        read: dict[str, tuple[np.ndarray, dict]] = {}
+        for at in members:
+            try:
+                waveform, meta = read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)
+                if not isinstance(text := meta.get("text") or "", str):
+                    raise ValueError(f"its text is a {type(text).__name__}, not a string")
+                read[utterance_key(at)] = waveform, meta
+            except (ValueError, OSError) as error:
+                bad.append(BadUtterance(str(path), utterance_key(at), str(error)))
+        if not read:
+            raise ValueError(f"none of its {len(members)} utterances can be used")
+        waveforms, metas = zip(*read.values())
+        gap = round(self.gap_seconds * self.sample_rate)
+        return join_waveforms(waveforms, gap=gap, sample_rate=self.sample_rate), join_metas(metas, keys=list(read))
+
+    def _context(self, path: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:
+        return self.contexts.of(path, row, key=key, epoch=epoch) if self.contexts is not None else None
 
     def _codes(self, path: Path, row: int, at: np.void, *, samples: int) -> np.ndarray:
         if self.labels is None:

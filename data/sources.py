@@ -160,7 +160,9 @@ def _manifest_utterance(path: Path, entry: object) -> SourceUtterance:
         size=file_size(os.path.join(path.parent, audio)),
         offset_s=offset,
         duration_s=duration,
-        extra={key: value for key, value in entry.items() if key not in MANIFEST_KEYS},
+        # Segments of one file are one recording, unless the manifest knows better.
+        extra=({} if offset is None else {"session": audio})
+        | {key: value for key, value in entry.items() if key not in MANIFEST_KEYS},
     )
 
 
@@ -192,7 +194,10 @@ def file_size(path: str) -> int:
 
 
 def read_librispeech(folder: Path, transcripts: list[Path], *, split: str | None) -> Iterator[SourceUtterance]:
-    """[SPLIT/]SPEAKER/CHAPTER/ holds S-C.trans.txt and S-C-NUMBER.flac; the text stays as published (capitals)."""
+    """[SPLIT/]SPEAKER/CHAPTER/ holds S-C.trans.txt and S-C-NUMBER.flac; the text stays as published (capitals).
+
+    A chapter is a session.
+    """
     by_split: dict[str, list[Path]] = {}
     for transcript in transcripts:
         parts = transcript.relative_to(folder).parts
@@ -214,6 +219,7 @@ def _librispeech_chapter(transcript: Path) -> Iterator[SourceUtterance]:
             lang="en",
             speaker=transcript.parent.parent.name,
             size=file_size(str(path)),
+            extra={"session": transcript.name.removesuffix(".trans.txt")},
         )
     for name, path in audio.items():
         yield SourceUtterance(name, str(path), problem=f"no line for it in {transcript.name}")

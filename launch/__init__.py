@@ -1,1 +1,1 @@
-"""Floor 5: the command line, pipelines and launchers."""
+"""Floor 6: the command line, pipelines and launchers."""

@@ -22,7 +22,7 @@ from .pipeline_config import Pipeline, Step
 from .process import child_environment, run_child
 
 STOPPED = 75  # EX_TEMPFAIL, as a stage that was asked to stop: start again to go on
-RATES = {"wer", "cer", "mer", "rate", "fraction"}
+RATES = {"wer", "cer", "mer", "rate", "fraction", "recall", "precision", "f1"}
 
 
 @dataclass

@@ -14,7 +14,7 @@ positions, L LLM width, V vocabulary.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,15 @@ from .assembled import AssembledModel
 from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
 from .conformer import ConformerConfig, ConformerEncoder
+from .context_search import ContextPrompt, ContextScorer
 from .converter import Converter, ConverterConfig
 from .ctc import CTCHead, CTCLoss, bytes_text, ctc_loss_sum, greedy_decode
-from .ctc_prefix import CTCPrefixes, JointScorer, TokenBytes
-from .decoding import DecodeConfig, Hypothesis, LLMScorer, StepScorer, decode
+from .ctc_prefix import CTCPrefixes, TokenBytes
+from .ctc_scorer import CTCGains, CTCScorer
+from .decoding import DecodeConfig, Hypothesis, StepScorer, decode
 from .features import Fbank, FeatureConfig
 from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
+from .llm_scorer import llm_scorer
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 from .speech_encoder import speech_encoder_facts
@@ -118,7 +121,7 @@ class AudioLLM(AssembledModel):
                 f"the tokenizer has {len(tokenizer)} tokens, the LLM embeds {table.num_embeddings}: "
                 "they are not from the same model folder"
             )
-        fbank, prompts = fbank or Fbank(FeatureConfig()), prompts or PromptConfig()
+        fbank, prompts = fbank or Fbank(FeatureConfig()), _with_room(prompts or PromptConfig(), llm.config)
         made: dict[str, Any] = {"fbank": fbank, "encoder": encoder, "llm": llm}
         converter = converter or ConverterConfig()
         if isinstance(converter, Converter):
@@ -149,6 +152,13 @@ class AudioLLM(AssembledModel):
     @processor.setter
     def processor(self, processor: AudioLLMProcessor) -> None:
         self._processor = processor
+
+    def set_prompts(self, prompts: PromptConfig) -> None:
+        """Use other texts around the speech from now on: in training, decoding and what is saved."""
+        processor = self.processor
+        processor.prompts = _with_room(prompts, self.llm.config)
+        self.prompt_tokens = PromptTokens.of(processor.prompts, tokenizer=processor.tokenizer)
+        self.config.prompts, self.config.prompt_tokens = asdict(processor.prompts), asdict(self.prompt_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,25 +194,36 @@ class AudioLLM(AssembledModel):
         acoustic_dtype = next(self.encoder.parameters()).dtype
         return self.encoder(features_BTF.to(acoustic_dtype), frames_B)
 
-    def build_prompt(self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None = None) -> list[Tensor]:
+    def build_prompt(
+        self,
+        speech: SpeechOutput,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+    ) -> list[Tensor]:
         """Return each utterance's prefix_PL, the embeddings of [instruction | context | speech], for decoding."""
         empty = [[] for _ in speech.lengths_B]
-        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=empty)
+        embeddings_BTL, lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=empty)
         return [prefix_TL[:length] for prefix_TL, length in zip(embeddings_BTL, lengths)]
 
     def _embed(
-        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, *, transcripts_ids: list[list[int]]
+        self,
+        speech: SpeechOutput,
+        contexts_ids: list[list[int] | None] | None,
+        languages: list[str | None] | None,
+        *,
+        transcripts_ids: list[list[int]],
     ) -> tuple[Tensor, list[int]]:
         """Return embeddings_BTL, padded on the right, and the lengths."""
         tokens, speech_lengths = self.prompt_tokens, speech.lengths_B.tolist()
         contexts = contexts_ids or [None] * len(speech_lengths)
-        if not len(contexts) == len(transcripts_ids) == len(speech_lengths):
+        languages = languages or [None] * len(speech_lengths)
+        if not len(contexts) == len(languages) == len(transcripts_ids) == len(speech_lengths):
             raise ValueError(
-                f"{len(speech_lengths)} utterances need as many transcripts and contexts, "
-                f"found {len(transcripts_ids)} and {len(contexts)}"
+                f"{len(speech_lengths)} utterances need as many transcripts, contexts and languages, "
+                f"found {len(transcripts_ids)}, {len(contexts)} and {len(languages)}"
             )
         layout = lay_out(
-            [tokens.before_speech(context) for context in contexts],
+            [tokens.before_speech(context, language) for context, language in zip(contexts, languages)],
             speech_lengths,
             [tokens.after + transcript for transcript in transcripts_ids],
             device=speech.speech_BSL.device,
@@ -222,17 +243,20 @@ class AudioLLM(AssembledModel):
         transcripts_ids: list[list[int]],
         contexts_ids: list[list[int] | None] | None = None,
         *,
+        languages: list[str | None] | None = None,
         ctc_targets: list[list[int]] | None = None,
         return_logits: bool = False,
     ) -> AudioLLMOutput:
         """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens.
 
-        `ctc_targets` (`ctc.text_bytes` of each transcript) adds the loss of the CTC head.
+        `languages` are tags of `prompts.languages`, which the instruction then names. `ctc_targets` (`ctc.text_bytes`
+        of each transcript) adds the loss of the CTC head.
         """
         if self.training and self.llm.training != self._llm_learns():
             self.train()  # what is trained was chosen after the mode was
         speech = self.encode_speech(waveforms, lengths)
-        logits_NV, targets_N, rows_N = self._target_logits(speech, contexts_ids, transcripts_ids)
+        embeddings_BTL, prompt_lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
+        logits_NV, targets_N, rows_N = self._target_logits(embeddings_BTL, prompt_lengths, transcripts_ids)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
         ctc = None
         if ctc_targets is not None:
@@ -248,9 +272,8 @@ class AudioLLM(AssembledModel):
         )
 
     def _target_logits(
-        self, speech: SpeechOutput, contexts_ids: list[list[int] | None] | None, transcripts_ids: list[list[int]]
+        self, embeddings_BTL: Tensor, lengths: list[int], transcripts_ids: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings_BTL, lengths = self._embed(speech, contexts_ids, transcripts_ids=transcripts_ids)
         targets = answer_targets(lengths, transcripts_ids, end=self.prompt_tokens.end, device=embeddings_BTL.device)
         logits_NV, _ = logits_at(
             self.llm, embeddings_BTL, rows_N=targets.rows_N, columns_N=targets.columns_N, use_cache=False
@@ -282,6 +305,7 @@ class AudioLLM(AssembledModel):
         lengths: Tensor,
         *,
         contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
         config: DecodeConfig | None = None,
     ) -> list[list[Hypothesis]]:
         """Return the N-best hypotheses of each utterance, best first; `config` None: by the model's own settings."""
@@ -289,10 +313,18 @@ class AudioLLM(AssembledModel):
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
         config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
-        prefixes = self.build_prompt(speech, contexts_ids)
+        joint = config.context_search == "joint" and any(contexts_ids or [])
+        prefixes = self.build_prompt(speech, contexts_ids, languages)
+        if joint:
+            assert contexts_ids is not None
+            plain = self.build_prompt(speech, languages=languages)
+            prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
         sample_rate = self.fbank.cfg.sample_rate
         limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
-        scorer = self._step_scorer(speech, config)
+        llm, ctc = llm_scorer(self.llm), self._ctc_gains(speech, config) if config.ctc_weight else None
+        scorer: StepScorer = llm if ctc is None else CTCScorer(llm, ctc)
+        if joint:
+            scorer = ContextScorer(llm, config=config, ctc=ctc)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
 
     @property
@@ -300,10 +332,7 @@ class AudioLLM(AssembledModel):
         """How the model transcribes where nothing else is asked for."""
         return DecodeConfig(**self.config.decode)
 
-    def _step_scorer(self, speech: SpeechOutput, config: DecodeConfig) -> StepScorer:
-        scorer = LLMScorer(self.llm)
-        if not config.ctc_weight:
-            return scorer
+    def _ctc_gains(self, speech: SpeechOutput, config: DecodeConfig) -> CTCGains:
         if self.ctc_head is None:
             raise ValueError(
                 f"decode.ctc_weight is {config.ctc_weight} and the model has no CTC head; set it to 0, or train with "
@@ -312,8 +341,7 @@ class AudioLLM(AssembledModel):
         if self._token_bytes is None or self._token_bytes.bytes_VY.device != self.device:
             vocabulary = self.llm.get_input_embeddings().num_embeddings
             self._token_bytes = TokenBytes(self.processor.tokenizer, vocab_size=vocabulary, device=self.device)
-        return JointScorer(
-            scorer,
+        return CTCGains(
             CTCPrefixes(self.ctc_head(speech.encoder_BTD), speech.encoder_lengths_B),
             tokens=self._token_bytes,
             end=self.prompt_tokens.end,
@@ -327,6 +355,7 @@ class AudioLLM(AssembledModel):
         lengths: Tensor,
         *,
         contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
         num_beams: int = 1,
         num_return_sequences: int = 1,
         max_new_tokens: int = DecodeConfig.max_new_tokens,
@@ -341,8 +370,9 @@ class AudioLLM(AssembledModel):
             nbest=num_return_sequences,
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
+            context_top_k=max(num_beams, DecodeConfig.context_top_k),
         )
-        nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, config=config)
+        nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, languages=languages, config=config)
         rows = [torch.tensor(h.ids + [self.prompt_tokens.end] * h.complete) for nbests in nbest for h in nbests]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.prompt_tokens.end)
         return ids.long().to(waveforms.device)
@@ -370,7 +400,15 @@ class AudioLLM(AssembledModel):
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
         if (Path(path) / "processor_config.json").is_file():
             model.processor = AudioLLMProcessor.from_pretrained(path)
+            # A folder from before contexts had a limit does not say what its LLM takes.
+            model.processor.prompts = _with_room(model.processor.prompts, model.llm.config)
         return (model, info) if report else model
+
+
+def _with_room(prompts: PromptConfig, llm_config: Any) -> PromptConfig:
+    """Return the prompts with a context limit that leaves at least half of the LLM's positions to everything else."""
+    positions = getattr(llm_config, "max_position_embeddings", None)
+    return replace(prompts, context_tokens=min(prompts.context_tokens, positions // 2)) if positions else prompts
 
 
 def acllm_facts(model: AudioLLM) -> dict[str, str | float]:

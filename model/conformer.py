@@ -1,7 +1,7 @@
 """Conformer encoder: log-mel features at 100 Hz to frames of 40 ms.
 
 Gulati et al. 2020 (https://arxiv.org/abs/2005.08100): half a feed-forward layer, attention, convolution, the other
-half. Four choices differ from the paper:
+half. Five choices differ from the paper:
 - One norm at the end of the encoder instead of one after every layer: an unbroken residual path seemed to let CTC
   leave its blank-only plateau sooner (docs/log.md says how far that was tested).
 - Rotary positions (https://arxiv.org/abs/2104.09864) instead of relative-position scores: attention stays one call to
@@ -9,6 +9,7 @@ half. Four choices differ from the paper:
   ends at some length.
 - LayerNorm instead of BatchNorm after the depthwise convolution: a frame's output then depends on its own utterance
   only, not on the batch or the padding in it, and is the same in training and inference and on any number of ranks.
+- Attention can be kept within chunks (model/chunked_attention.py), for long audio; the parameters are the same.
 - Padding is cut off in front of whatever mixes frames (two subsampling convolutions, attention, depthwise convolution),
   so NaN in the padding changes neither outputs nor gradients.
 
@@ -17,12 +18,15 @@ Shape letters: B utterances, T frames, F mel bins, D width, H heads, K head widt
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+from .chunked_attention import chunked_attention
 
 ROTARY_BASE = 10000.0
 SUBSAMPLING = 4  # frames of 10 ms in a frame of the output
@@ -39,6 +43,11 @@ class ConformerConfig:
     subsampling_channels: int = 128
     dropout: float = 0.1
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: memory of one layer, +1/3 time
+    # Frames of 40 ms that see each other, 200 for 8 s, and how many chunks before their own they see; 0: everything.
+    # None: chunks as the encoder has that is gone on from, and none where there is no such encoder.
+    attention_chunk: int | None = None
+    attention_left_chunks: int = 0
+    train_attention_chunks: list[int] = field(default_factory=list)  # each micro-batch of training draws one; 0: all
 
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
@@ -50,6 +59,19 @@ class ConformerConfig:
             raise ValueError(f"encoder.conv_kernel ({self.conv_kernel}) must be odd, to be centred on its frame")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"encoder.dropout ({self.dropout}) must lie within 0 and 1")
+        for name in ("attention_chunk", "attention_left_chunks"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"encoder.{name} ({getattr(self, name)}) must not be negative; 0 switches it off")
+        if any(chunk < 0 for chunk in self.train_attention_chunks):
+            raise ValueError(
+                f"encoder.train_attention_chunks ({list(self.train_attention_chunks)}) must not be negative; 0 stands "
+                "for all frames"
+            )
+        if self.attention_left_chunks and not (self.attention_chunk or any(self.train_attention_chunks)):
+            raise ValueError(
+                f"encoder.attention_left_chunks is {self.attention_left_chunks} and there are no chunks; set "
+                "encoder.attention_chunk=200 (8 s) or leave it out"
+            )
 
 
 # Shapes of Seed-ASR's scaling study; width, heads and kernel of the two USM sizes (0.6B, 2B) are USM's. In the demo, on
@@ -135,6 +157,13 @@ def rotate(x_BTHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x_BTHK)
 
 
+class Span(NamedTuple):
+    """What a frame sees in one pass: its chunk of so many frames, and chunks before it. A chunk of 0 is everything."""
+
+    chunk: int
+    left: int
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: ConformerConfig):
         super().__init__()
@@ -144,9 +173,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.dim, cfg.dim)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_BTD: Tensor, valid_BT1: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, valid_BT1: Tensor, rotary: tuple[Tensor, Tensor], span: Span) -> Tensor:
         q_BTHK, k_BTHK, v_BTHK = self.qkv(self.norm(x_BTD)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q_BTHK, k_BTHK = rotate(q_BTHK, rotary), rotate(k_BTHK, rotary)
+        if 0 < span.chunk < x_BTD.shape[1]:
+            context_BTHK = chunked_attention(
+                q_BTHK, k_BTHK, v_BTHK, valid_BT1[..., 0], chunk=span.chunk, left=span.left
+            )
+            return self.dropout(self.out(context_BTHK.flatten(2)))
         mask_B11T = valid_BT1[:, None, None, :, 0]
         context_BHTK = scaled_dot_product_attention(
             q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2), attn_mask=mask_B11T
@@ -203,9 +237,9 @@ class ConformerLayer(nn.Module):
         self.convolution = Convolution(cfg)
         self.ff2 = FeedForward(cfg)
 
-    def forward(self, x_BTD: Tensor, valid_BT1: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, valid_BT1: Tensor, rotary: tuple[Tensor, Tensor], span: Span) -> Tensor:
         x_BTD = torch.add(x_BTD, self.ff1(x_BTD), alpha=0.5)
-        x_BTD = x_BTD + self.attention(x_BTD, valid_BT1, rotary)
+        x_BTD = x_BTD + self.attention(x_BTD, valid_BT1, rotary, span)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT1)
         return torch.add(x_BTD, self.ff2(x_BTD), alpha=0.5)
 
@@ -238,14 +272,22 @@ class ConformerEncoder(nn.Module):
         lengths_B = self.output_lengths(frames_B)
         valid_BT1 = valid_frames(lengths_B, x_BTD.shape[1])
         rotary = rotary_angles(x_BTD.shape[1], self.cfg.dim // self.cfg.num_heads, x_BTD.device)
+        span = self._span()
         recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled()
         layers: list[Tensor] = []
         for layer in self.layers:
             if recompute:
-                x_BTD = checkpoint(layer, x_BTD, valid_BT1, rotary, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, valid_BT1, rotary, span, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, valid_BT1, rotary)
+                x_BTD = layer(x_BTD, valid_BT1, rotary, span)
             if return_layers:
                 layers.append(self.norm(x_BTD) * valid_BT1.to(x_BTD.dtype))
         h_BTD = layers[-1] if return_layers else self.norm(x_BTD) * valid_BT1.to(x_BTD.dtype)
         return (h_BTD, lengths_B, layers) if return_layers else (h_BTD, lengths_B)
+
+    def _span(self) -> Span:
+        """What frames see in this pass. The draw is the CPU generator's, which is seeded by the micro-batch."""
+        choices, chunk = self.cfg.train_attention_chunks, self.cfg.attention_chunk or 0
+        if self.training and choices:
+            chunk = choices[int(torch.randint(len(choices), (), device="cpu"))]
+        return Span(chunk, self.cfg.attention_left_chunks)

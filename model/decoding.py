@@ -4,9 +4,10 @@ Beam search follows `transformers.generate(num_beams=K)` for a batch of one: the
 rules for stopping. Here every utterance keeps its own books, so that what it gets does not depend on the batch, and it
 leaves the batch, cache included, as soon as it is done.
 
-A step scorer is all that the search sees. One that joins two of them (with context, without) is a scorer again.
-Shape letters: B utterances, A those still running, K beams, R rows of the scorer, P prefix positions, T positions in
-the cache, t tokens so far, C candidates, L LLM width, V vocabulary.
+A step scorer is all that the search sees: an LLM (model/llm_scorer.py), one with a CTC head (model/ctc_scorer.py), one
+with and without context at once (model/context_search.py). A scorer may forbid a token by -inf: it is never emitted.
+Shape letters: B utterances, A those still running, K beams, R rows of the scorer, T the largest limit, t tokens so far,
+C candidates, V vocabulary.
 """
 
 import math
@@ -15,15 +16,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_utils import PreTrainedModel
-
-from .llm import logits_at
 
 # When is a full N-best list final? "likely": no running beam would beat the worst of it at its present length
 # (early_stopping=False in transformers). "first": at once (True). "never": none could, at any length up to the limit.
 Stop = Literal["likely", "first", "never"]
-MOST_CTC_CANDIDATES = 400  # as many tokens as CTC looks at (model/ctc_prefix.py)
+ContextSearch = Literal["joint", "plain"]
+ContextForm = Literal["log", "prob"]
+MOST_CTC_CANDIDATES = 400  # as many tokens as CTC looks at (model/ctc_scorer.py)
 LONGEST_PHRASE = 16  # tokens of a phrase that the repetition guard looks for
 
 
@@ -35,7 +34,12 @@ class DecodeConfig:
     by score / tokens ** length_penalty, as in transformers: 0 ranks by probability, above it favours longer ones.
     `max_repeats` = n forbids a phrase of up to 16 tokens to come more than n times in a row; 0 allows anything.
     `ctc_weight` is the CTC head's share of every token's score, for `ctc_candidates` tokens at each step
-    (model/ctc_prefix.py). 0 leaves CTC out, and then the score is the LLM's log-probability alone.
+    (model/ctc_scorer.py). 0 leaves CTC out, and then the score is the LLM's log-probability alone.
+
+    An utterance with a context is searched by both prompts at once, "joint" (model/context_search.py), or by the one
+    with context alone, "plain". `context_alpha` weighs context against speech: 0 ignores it, inf trusts it alone.
+    Tokens more than `context_prune` nats (inf: any) below the best one without context are out, and so are all but
+    the best `context_top_k` (0: any number).
     """
 
     beam_size: int = 1
@@ -48,6 +52,11 @@ class DecodeConfig:
     max_repeats: int = 0
     ctc_weight: float = 0.0
     ctc_candidates: int = 20
+    context_search: str = "joint"
+    context_alpha: float = 1.0
+    context_prune: float = 6.0
+    context_top_k: int = 20
+    context_form: str = "log"
 
     def __post_init__(self):
         if not 1 <= self.nbest <= self.beam_size:
@@ -61,8 +70,18 @@ class DecodeConfig:
                 f"decode.ctc_candidates ({self.ctc_candidates}) must be at least decode.beam_size ({self.beam_size}) "
                 f"and at most {MOST_CTC_CANDIDATES}"
             )
-        if self.stop not in Stop.__args__:
-            raise ValueError(f"decode.stop ({self.stop!r}) must be one of {', '.join(Stop.__args__)}")
+        choices = {"stop": Stop, "context_search": ContextSearch, "context_form": ContextForm}
+        for name, choice in choices.items():
+            if getattr(self, name) not in choice.__args__:
+                raise ValueError(f"decode.{name} ({getattr(self, name)!r}) must be one of {', '.join(choice.__args__)}")
+        for name in ("context_alpha", "context_prune"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"decode.{name} ({getattr(self, name)}) must be 0 or more; inf is allowed")
+        if self.context_search == "joint" and 0 != self.context_top_k < self.beam_size:
+            raise ValueError(
+                f"decode.context_top_k ({self.context_top_k}) must be at least decode.beam_size ({self.beam_size}), "
+                "or 0 for any number"
+            )
 
     def limit(self, *, seconds: float) -> int:
         """Return the most tokens that an utterance of so many seconds may have."""
@@ -77,78 +96,24 @@ class Hypothesis:
     ids: list[int] = field(default_factory=list)  # without the end token
     score: float = 0.0
     rank_score: float = 0.0  # score / tokens ** length_penalty, by which the N-best list is sorted
-    complete: bool = True  # False: cut off at its limit, there is no end token
+    complete: bool = True  # False: cut off at its limit, or nothing may follow; there is no end token
 
 
 class StepScorer(Protocol):
-    """Log-probabilities of the next token for a set of rows, each an utterance or a beam of one."""
+    """Scores of the next token for a set of rows, each an utterance or a beam of one: log-probabilities, or sums of
+    them; -inf forbids a token."""
 
     def start(self, prefixes: list[Any]) -> Tensor:
-        """Begin with one row per prefix; return log_probs_RV of its first token."""
+        """Begin with one row per prefix; return scores_RV of its first token."""
         ...
 
     def step(self, tokens_R: Tensor) -> Tensor:
-        """Append one token to every row; return log_probs_RV of the next one."""
+        """Append one token to every row; return scores_RV of the next one."""
         ...
 
     def select(self, rows_R: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken several times."""
         ...
-
-
-class LLMScorer:
-    """A causal LM with its key-value cache. Prefixes are padded on the left: all rows end together."""
-
-    def __init__(self, llm: PreTrainedModel):
-        self.llm = llm
-        self.cache: DynamicCache
-        self.length_R: Tensor
-        self.mask_RT: Tensor | None = None  # None: no row is padded
-
-    def start(self, prefixes: list[Tensor]) -> Tensor:
-        longest = max(len(prefix) for prefix in prefixes)
-        device = prefixes[0].device
-        embeddings_RTL = torch.stack([_pad_left(prefix, longest) for prefix in prefixes])
-        self.length_R = torch.tensor([len(prefix) for prefix in prefixes], device=device)
-        ragged = any(len(prefix) != longest for prefix in prefixes)
-        position_T = torch.arange(longest, device=device)
-        self.mask_RT = (position_T >= longest - self.length_R[:, None]).long() if ragged else None
-        self.cache = DynamicCache(config=self.llm.config.get_text_config())
-        position_RT = (position_T - (longest - self.length_R[:, None])).clamp(min=0)
-        return self._forward(embeddings_RTL, position_RT)
-
-    def step(self, tokens_R: Tensor) -> Tensor:
-        if self.mask_RT is not None:
-            self.mask_RT = torch.nn.functional.pad(self.mask_RT, (0, 1), value=1)
-        position_R1 = self.length_R[:, None]
-        self.length_R = self.length_R + 1
-        return self._forward(self.llm.get_input_embeddings()(tokens_R[:, None]), position_R1)
-
-    def select(self, rows_R: Tensor) -> None:
-        self.cache.reorder_cache(rows_R)
-        self.length_R = self.length_R[rows_R]
-        if self.mask_RT is not None:
-            self.mask_RT = self.mask_RT[rows_R]
-
-    def _forward(self, embeddings_RTL: Tensor, position_RT: Tensor) -> Tensor:
-        R, T, _ = embeddings_RTL.shape
-        row_R = torch.arange(R, device=embeddings_RTL.device)
-        logits_RV, _ = logits_at(
-            self.llm,
-            embeddings_RTL,
-            rows_N=row_R,
-            columns_N=torch.full_like(row_R, T - 1),
-            attention_mask=self.mask_RT,
-            # Rows without padding need no positions either: the cache's length gives them.
-            position_ids=None if self.mask_RT is None else position_RT,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return logits_RV.float().log_softmax(-1)
-
-
-def _pad_left(prefix_PL: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(prefix_PL, (0, 0, length - len(prefix_PL), 0))
 
 
 @torch.no_grad()
@@ -166,7 +131,7 @@ def decode(
 def greedy(
     scorer: StepScorer, prefixes: list[Any], *, limits: list[int], end: int, config: DecodeConfig
 ) -> list[list[Hypothesis]]:
-    """Take the likeliest token until the end token or the limit."""
+    """Take the likeliest token until the end token, the limit, or a step in which no token is allowed."""
     log_probs_AV = scorer.start(prefixes)
     running = list(range(len(prefixes)))
     limit_A = torch.tensor(limits, device=log_probs_AV.device)
@@ -176,13 +141,16 @@ def greedy(
     while True:
         forbid_repeats(log_probs_AV, tokens_At, max_repeats=config.max_repeats)
         best_A, token_A = log_probs_AV.max(-1)
-        score_A, tokens_At = score_A + best_A, torch.cat([tokens_At, token_A[:, None]], dim=1)
-        over_A = (token_A == end) | (tokens_At.shape[1] >= limit_A)
+        stuck_A = best_A == -math.inf
+        score_A, tokens_At = score_A + best_A.masked_fill(stuck_A, 0.0), torch.cat([tokens_At, token_A[:, None]], dim=1)
+        over_A = (token_A == end) | (tokens_At.shape[1] >= limit_A) | stuck_A
         over = over_A.tolist()
         if any(over):
             rows = [row for row, is_over in enumerate(over) if is_over]
-            for row, tokens, score in zip(rows, tokens_At[over_A].tolist(), score_A[over_A].tolist()):
-                found[running[row]] = [hypothesis(tokens, score, end=end, length_penalty=config.length_penalty)]
+            stuck, scores = stuck_A[over_A].tolist(), score_A[over_A].tolist()
+            for row, tokens, score, is_stuck in zip(rows, tokens_At[over_A].tolist(), scores, stuck):
+                said = tokens[:-1] if is_stuck else tokens
+                found[running[row]] = [hypothesis(said, score, end=end, length_penalty=config.length_penalty)]
             running = [utterance for utterance, is_over in zip(running, over) if not is_over]
             if not running:
                 return found
@@ -194,11 +162,11 @@ def greedy(
 
 def hypothesis(tokens: list[int], score: float, *, end: int, length_penalty: float) -> Hypothesis:
     """Return the hypothesis of a token sequence that may close with the end token."""
-    complete = tokens[-1] == end
+    complete = tokens[-1:] == [end]
     return Hypothesis(
         ids=tokens[:-1] if complete else tokens,
         score=score,
-        rank_score=score / len(tokens) ** length_penalty,
+        rank_score=score / max(len(tokens), 1) ** length_penalty,
         complete=complete,
     )
 
@@ -221,7 +189,10 @@ class Beams(NamedTuple):
 def beam_search(
     scorer: StepScorer, prefixes: list[Any], *, limits: list[int], end: int, config: DecodeConfig
 ) -> list[list[Hypothesis]]:
-    """Keep the K best unfinished beams of every utterance, and its K best finished hypotheses."""
+    """Keep the K best unfinished beams of every utterance, and its K best finished hypotheses.
+
+    Where no token may follow any beam and nothing has finished, the beams as they stand are the hypotheses.
+    """
     K = config.beam_size
     log_probs_RV = scorer.start(prefixes)
     running = list(range(len(prefixes)))
@@ -232,12 +203,14 @@ def beam_search(
         if t > 0:  # in the first step an utterance has a single row: its beams are still one
             forbid_repeats(log_probs_RV, beams.tokens_AKt.view(A * K, t), max_repeats=config.max_repeats)
         log_probs_AkV = log_probs_RV.view(A, -1, log_probs_RV.shape[-1])
-        beams, origin_AK, over_A = _advance(beams, log_probs_AkV, end=end, config=config)
+        before = beams
+        beams, origin_AK, over_A = _advance(before, log_probs_AkV, end=end, config=config)
         over = over_A.tolist()
         rows_A = torch.arange(A, device=over_A.device)
         if any(over):
             for row in (row for row, is_over in enumerate(over) if is_over):
-                found[running[row]] = _nbest(beams, row, end=end, config=config)
+                nbest = _nbest(beams, row, end=end, config=config)
+                found[running[row]] = nbest or _unfinished(before, row, config=config)
             running = [utterance for utterance, is_over in zip(running, over) if not is_over]
             if not running:
                 return found
@@ -284,7 +257,8 @@ def _advance(beams: Beams, log_probs_AkV: Tensor, *, end: int, config: DecodeCon
     beams = done._replace(
         tokens_AKt=tokens_ACt.gather(1, place_AK[..., None].expand(-1, -1, length)), score_AK=score_AK
     )
-    return beams, origin_AC.gather(1, place_AK), at_limit_A | _is_final(beams, length, config=config)
+    none_left_A = score_AK[:, 0] == -math.inf
+    return beams, origin_AC.gather(1, place_AK), at_limit_A | none_left_A | _is_final(beams, length, config=config)
 
 
 def _merge_finished(
@@ -323,6 +297,16 @@ def _nbest(beams: Beams, row: int, *, end: int, config: DecodeConfig) -> list[Hy
         for tokens, score, rank in list(zip(tokens_T, scores, ranks))[: config.nbest]
         if rank > -math.inf
     ]
+
+
+def _unfinished(beams: Beams, row: int, *, config: DecodeConfig) -> list[Hypothesis]:
+    """Return an utterance's running beams as hypotheses without an end, best first."""
+    found = {
+        tuple(tokens): hypothesis(tokens, score, end=-1, length_penalty=config.length_penalty)
+        for tokens, score in zip(beams.tokens_AKt[row].tolist(), beams.score_AK[row].tolist())
+        if score > -math.inf
+    }
+    return list(found.values())[: config.nbest]
 
 
 def forbid_repeats(log_probs_RV: Tensor, tokens_Rt: Tensor, *, max_repeats: int) -> None:

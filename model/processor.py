@@ -5,9 +5,11 @@ Shape letters: B utterances, N samples.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,24 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .context_cut import clean_text, cut
 from .prompt import PromptConfig, tokenize
 
+log = logging.getLogger(__name__)
+
 FILE = "processor_config.json"  # the name under which AutoProcessor looks for it
+
+
+class FittedContext(NamedTuple):
+    """A context's ids, the part of its text that they spell, and how many tokens there were before it was cut."""
+
+    ids: list[int]
+    text: str
+    tokens: int
+
+    @property
+    def is_cut(self) -> bool:
+        return self.tokens > len(self.ids)
 
 
 class AudioLLMProcessor:
@@ -29,6 +46,7 @@ class AudioLLMProcessor:
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
         self.prompts = prompts or PromptConfig()
+        self._reported: set[str] = set()  # contexts that were said to be too long
 
     def __call__(
         self,
@@ -36,9 +54,10 @@ class AudioLLMProcessor:
         audio: np.ndarray | Tensor | Sequence[np.ndarray | Tensor] | None = None,
         *,
         context: str | Sequence[str | None] | None = None,
+        language: str | Sequence[str | None] | None = None,
         sampling_rate: int | None = None,
     ) -> BatchFeature:
-        """Return the keyword arguments of the model: waveforms_BN and lengths_B, transcripts_ids, contexts_ids.
+        """Return the keyword arguments of the model: waveforms, lengths, transcripts_ids, contexts_ids, languages.
 
         `audio` is one mono float array [N] in [-1, 1] or a list of them. Only what is given comes back, so that
         `model(**processor(audio=..., text=...))` trains and `model.generate(**processor(audio=...))` decodes.
@@ -55,6 +74,8 @@ class AudioLLMProcessor:
             inputs["transcripts_ids"] = self.transcript_ids([text] if isinstance(text, str) else text)
         if context is not None:
             inputs["contexts_ids"] = self.context_ids([context] if isinstance(context, str) else context)
+        if language is not None:
+            inputs["languages"] = [language] if isinstance(language, str) else list(language)
         if not inputs:
             raise ValueError("the processor was given neither audio nor text nor context; pass at least one")
         return BatchFeature(inputs)
@@ -63,12 +84,41 @@ class AudioLLMProcessor:
         """Return the target ids of transcripts, without the end token, which the model adds."""
         return [tokenize(self.tokenizer, text) for text in texts]
 
-    def context_ids(self, contexts: Iterable[str | None]) -> list[list[int] | None]:
-        """Return the ids of contexts; an absent or empty one is None, which gives the prompt without context."""
-        return [
-            tokenize(self.tokenizer, self.prompts.context.format(context=context)) if context else None
-            for context in contexts
-        ]
+    def context_ids(self, contexts: Sequence[str | None]) -> list[list[int] | None]:
+        """Return the ids of contexts; an absent or empty one is None, which gives the prompt without context.
+
+        One of more than `prompts.context_tokens` loses its end, and a warning says so, once.
+        """
+        fitted = [self.fit_context(context) for context in contexts]
+        for context, fit in zip(contexts, fitted):
+            if fit is not None and fit.is_cut and context not in self._reported:
+                self._reported.add(context)
+                log.warning(
+                    f"the context has {fit.tokens:,} tokens and this recogniser takes {self.prompts.context_tokens:,}: "
+                    f"kept the first {len(fit.ids):,} of them, to ...{fit.text[-30:]!r}"
+                )
+        return [fit.ids if fit is not None else None for fit in fitted]
+
+    def fit_context(
+        self, context: str | None, *, max_tokens: int = 0, keep: Iterable[str] = ()
+    ) -> FittedContext | None:
+        """Return what a prompt holds of a context: whole phrases from its start; None where there is no text in it.
+
+        `max_tokens` is the most there may be (0: as the prompts say). Phrases in `keep` are cut last. Control
+        characters count as spaces, control tokens as the text that spells them.
+        """
+        text = clean_text(context) if context else ""
+        if not text:
+            return None
+        limit = max_tokens or self.prompts.context_tokens
+        whole = self._in_prompt(text)
+        if len(whole) <= limit:
+            return FittedContext(whole, text, len(whole))
+        kept = cut(text, fits=lambda part: len(self._in_prompt(part)) <= limit, keep=keep)
+        return FittedContext(self._in_prompt(kept) if kept else [], kept, len(whole))
+
+    def _in_prompt(self, context: str) -> list[int]:
+        return tokenize(self.tokenizer, self.prompts.context.replace("{context}", context))
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Return the text of one hypothesis."""

@@ -5,7 +5,7 @@ border between prompt and answer, so that training would see other ids than deco
 Shape letters: B utterances, T positions, S speech positions, L LLM width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,22 +17,37 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 class PromptConfig:
     """The texts around the speech. The two instructions are Seed-ASR's, verbatim (company page, figure 1).
 
-    `before` and `after` hold what an instruction-tuned LLM expects around a turn, such as its chat markers. `end_token`
-    closes the transcript; empty means the tokenizer's own.
+    Those that name a language are ours: how the paper's multilingual model is told is unknown. `languages` are the tags
+    it may be told, with the names that the instruction uses, as {en: English, zh: Mandarin}. `before` and `after` hold
+    what an instruction-tuned LLM expects around a turn, such as its chat markers. `end_token` closes the transcript;
+    empty means the tokenizer's own. `context_tokens` is the longest context that a prompt takes.
     """
 
     instruction: str = "Transcribe the speech into text:"
     instruction_with_context: str = "There are relevant contexts, transcribe the speech into text:"
+    instruction_in_language: str = "Transcribe the {language} speech into text:"
+    instruction_in_language_with_context: str = (
+        "There are relevant contexts, transcribe the {language} speech into text:"
+    )
+    languages: dict[str, str] = field(default_factory=dict)
     context: str = " {context}"
+    context_tokens: int = 512
     before: str = ""
     after: str = ""
     end_token: str = ""
 
     def __post_init__(self):
-        if "{context}" not in self.context:
-            raise ValueError(
-                f"prompts.context ({self.context!r}) must contain {{context}}, where the context text goes"
-            )
+        for name, place in (
+            ("context", "{context}"),
+            ("instruction_in_language", "{language}"),
+            ("instruction_in_language_with_context", "{language}"),
+        ):
+            if place not in getattr(self, name):
+                raise ValueError(
+                    f"prompts.{name} ({getattr(self, name)!r}) must contain {place}, where the {place[1:-1]} goes"
+                )
+        if self.context_tokens < 1:
+            raise ValueError(f"prompts.context_tokens is {self.context_tokens}; it must be at least 1")
 
 
 @dataclass
@@ -43,27 +58,53 @@ class PromptTokens:
     instruction_with_context: list[int]
     after: list[int]
     end: int
+    # By the tag of the language. A recogniser from before there were any knows none.
+    in_language: dict[str, list[int]] = field(default_factory=dict)
+    in_language_with_context: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prompts: PromptConfig, *, tokenizer: PreTrainedTokenizerBase) -> "PromptTokens":
         bos = special_id(tokenizer, "bos")
         starts_with_bos = list(tokenizer("a").input_ids[:1]) == [bos]
         start = [bos] if bos is not None and starts_with_bos else []
+
+        def ids(instruction: str) -> list[int]:
+            return start + tokenize_markup(tokenizer, prompts.before + instruction)
+
+        def in_languages(instruction: str) -> dict[str, list[int]]:
+            # Not str.format: a user's instruction may well have other braces.
+            return {tag: ids(instruction.replace("{language}", name)) for tag, name in prompts.languages.items()}
+
         return cls(
-            instruction=start + tokenize(tokenizer, prompts.before + prompts.instruction),
-            instruction_with_context=start + tokenize(tokenizer, prompts.before + prompts.instruction_with_context),
-            after=tokenize(tokenizer, prompts.after),
+            instruction=ids(prompts.instruction),
+            instruction_with_context=ids(prompts.instruction_with_context),
+            after=tokenize_markup(tokenizer, prompts.after),
             end=_end_id(prompts, tokenizer),
+            in_language=in_languages(prompts.instruction_in_language),
+            in_language_with_context=in_languages(prompts.instruction_in_language_with_context),
         )
 
-    def before_speech(self, context_ids: list[int] | None) -> list[int]:
-        """Ids in front of the speech. An absent or empty context gives the plain instruction."""
-        return self.instruction_with_context + context_ids if context_ids else self.instruction
+    def before_speech(self, context_ids: list[int] | None, language: str | None = None) -> list[int]:
+        """Ids in front of the speech. An absent or empty context or language gives the instruction without it."""
+        if not language:
+            return self.instruction_with_context + context_ids if context_ids else self.instruction
+        if language not in self.in_language:
+            known = ", ".join(sorted(self.in_language)) or "none: it was trained without prompts.languages"
+            raise ValueError(f"language is {language!r}; the languages of this recogniser are {known}; or leave it out")
+        return self.in_language_with_context[language] + context_ids if context_ids else self.in_language[language]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of one part of the prompt, without the start and end tokens that a tokenizer may add by itself."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+    """Ids of a transcript or a context, without the start and end tokens that a tokenizer may add by itself.
+
+    What looks like a control token in it ("</s>", "<|im_end|>") is spelt out as the text that it is.
+    """
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) if text else []
+
+
+def tokenize_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of what a config says around speech and context, where control tokens are meant as such."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids) if text else []
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
@@ -82,6 +123,10 @@ def _end_id(prompts: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.get_vocab().get(prompts.end_token)
     if end is None:
         raise ValueError(f"prompts.end_token ({prompts.end_token!r}) is not a token of the tokenizer; name one that is")
+    if end in tokenize(tokenizer, prompts.end_token):
+        raise ValueError(
+            f"prompts.end_token ({prompts.end_token!r}) is a token that a transcript may contain; name a special token"
+        )
     return end
 
 

@@ -17,8 +17,9 @@ from .conformer import ConformerConfig, ConformerEncoder
 from .features import Fbank, FeatureConfig
 from .speech_encoder_config import SpeechEncoderConfig
 
-# What a run that goes on from an encoder brings itself.
-TRAINING_SETTINGS = ("dropout", "activation_checkpointing")
+# What a run that goes on from an encoder brings itself, and what it may change (attention_chunk None: not).
+TRAINING_SETTINGS = ("dropout", "activation_checkpointing", "train_attention_chunks")
+ATTENTION_SETTINGS = ("attention_chunk", "attention_left_chunks")
 
 
 class SpeechEncoder(AssembledModel):
@@ -80,21 +81,26 @@ def load_speech_encoder(path: str | Path, *, features: FeatureConfig, encoder: C
     Shapes and features are the artifact's. Where the run's config asks for others, that is a ValueError.
     """
     config = SpeechEncoderConfig.from_pretrained(path)
-    config.audio_config |= {name: getattr(encoder, name) for name in TRAINING_SETTINGS}
+    config.audio_config |= brought_settings(encoder)
     require_kept("features", features, config.feature_config, made="encoder", path=path)
     require_kept("encoder", encoder, config.audio_config, made="encoder", path=path)
     on_meta = torch.get_default_device().type == "meta"
     return SpeechEncoder(config) if on_meta else SpeechEncoder.from_pretrained(path, config=config)
 
 
+def brought_settings(encoder: ConformerConfig) -> dict[str, Any]:
+    """Return the fields of a trained encoder's config that this run's own take the place of."""
+    changed = () if encoder.attention_chunk is None else ATTENTION_SETTINGS
+    return {name: getattr(encoder, name) for name in (*TRAINING_SETTINGS, *changed)}
+
+
 def require_kept(section: str, wanted: Any, found: dict, *, made: str, path: str | Path) -> None:
     """Raise ValueError where dataclass `wanted` asks, by a value that is no default, for other than `found`."""
     default = asdict(type(wanted)())
     for name, value in asdict(wanted).items():
-        if value not in (default[name], found[name]):
-            raise ValueError(
-                f"{section}.{name} is {value!r} and the {made} {path} was made with {found[name]!r}; leave it out"
-            )
+        own = found.get(name, default[name])  # a config may be older than a field
+        if value not in (default[name], own):
+            raise ValueError(f"{section}.{name} is {value!r} and the {made} {path} was made with {own!r}; leave it out")
 
 
 def speech_encoder_facts(model: nn.Module) -> dict[str, str | float]:

@@ -1,4 +1,4 @@
-"""Floor 4: one file per stage. The names are those of `seedling run STAGE`; a stage is imported when asked for."""
+"""Floor 5: one file per stage. The names are those of `seedling run STAGE`; a stage is imported when asked for."""
 
 STAGES: dict[str, str] = {
     "lm_pretrain": "seedling.stages.lm_pretrain:LMPretrain",
@@ -6,5 +6,6 @@ STAGES: dict[str, str] = {
     "layer_probe": "seedling.stages.layer_probe:LayerProbe",
     "cluster_labels": "seedling.stages.cluster_labels:ClusterLabels",
     "sft": "seedling.stages.sft:SFT",
+    "context_sft": "seedling.stages.context_sft:ContextSFT",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

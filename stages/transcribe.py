@@ -1,15 +1,16 @@
 """The recogniser: an acllm artifact as a Python object that turns files or arrays into text.
 
-recogniser = seedling.load("runs/demo/sft/artifact")
-recogniser.transcribe(["a.wav", "b.mp3"])[0].text
+recogniser = seedling.load("runs/demo/context_sft/artifact")
+recogniser.transcribe(["a.wav", "b.mp3"], keywords=["Kaitlyn", "Reykjavik"])[0].text
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.feature_extraction_utils import BatchFeature
 
 from ..data.audio import read_audio
 from ..model.audio_llm import AudioLLM
@@ -50,31 +51,51 @@ class Recogniser:
         audio: Sequence[str | Path | np.ndarray] | str | Path | np.ndarray,
         context: str | Sequence[str | None] | None = None,
         *,
+        keywords: Sequence[str] | None = None,
+        language: str | Sequence[str | None] | None = None,
         beam_size: int | None = None,
         nbest: int | None = None,
         ctc_weight: float | None = None,
+        context_search: str | None = None,
+        context_alpha: float | None = None,
     ) -> list[Transcript]:
         """Return one transcript for each file or mono float array at `sample_rate`, in order.
 
-        `context` is one text for all or one for each. The settings of the search (model/decoding.py) are the
-        recogniser's own where they are None. Silence gives empty text. AudioError names an unreadable file.
+        `context` is one text for all or one for each; `keywords` are names and phrases that may occur, a context of
+        their own. `language` is a tag that the recogniser knows, for all or one for each. The settings of the search
+        (model/decoding.py) are the recogniser's own where they are None. Silence gives empty text, whatever the
+        context. AudioError names an unreadable file; of a context too long the end is left out, with a warning.
         """
         items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
-        contexts = [context] * len(items) if context is None or isinstance(context, str) else list(context)
-        if len(contexts) != len(items):
-            raise ValueError(
-                f"{len(items)} pieces of audio and {len(contexts)} contexts; give one context, or one each"
-            )
+        if keywords is not None:
+            if context is not None:
+                raise ValueError("context and keywords are both given; keywords are a context: give one of them")
+            context = keyword_list(keywords)
+        contexts = _one_each(context, items, name="context")
+        languages = _one_each(language, items, name="language")
+        for tag in set(languages):
+            self.model.prompt_tokens.before_speech(None, tag)  # an unknown one is refused before any work
         waveforms = [self._waveform(item) for item in items]
         found: dict[int, Transcript] = {
             i: Transcript("", 0.0, len(w) / self.sample_rate)
             for i, w in enumerate(waveforms)
             if is_silent(w, self.sample_rate)
         }
-        given = {"beam_size": beam_size, "nbest": nbest, "ctc_weight": ctc_weight}
+        given = {
+            "beam_size": beam_size,
+            "nbest": nbest,
+            "ctc_weight": ctc_weight,
+            "context_search": context_search,
+            "context_alpha": context_alpha,
+        }
         config = replace(self.model.decode_config, **{name: v for name, v in given.items() if v is not None})
         for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
-            found.update(self._decode(group, waveforms, contexts, config))
+            inputs = self.processor(
+                audio=[waveforms[i] for i in group],
+                context=[contexts[i] for i in group],
+                language=[languages[i] for i in group],
+            )
+            found |= dict(zip(group, self._decode(inputs, config)))
         return [found[i] for i in range(len(items))]
 
     def _waveform(self, item: str | Path | np.ndarray) -> np.ndarray:
@@ -96,23 +117,37 @@ class Recogniser:
                 groups.append([i])
         return groups
 
-    def _decode(
-        self, group: list[int], waveforms: list[np.ndarray], contexts: list[str | None], config: DecodeConfig
-    ) -> dict[int, Transcript]:
-        inputs = self.processor(audio=[waveforms[i] for i in group], context=[contexts[i] for i in group])
+    def _decode(self, inputs: BatchFeature, config: DecodeConfig) -> Iterator[Transcript]:
         device = self.model.device
         nbests = self.model.transcribe_ids(
             inputs["waveforms"].to(device),
             inputs["lengths"].to(device),
             contexts_ids=inputs["contexts_ids"],
+            languages=inputs["languages"],
             config=config,
         )
-        found = {}
-        for i, hypotheses in zip(group, nbests):
+        for hypotheses, samples in zip(nbests, inputs["lengths"].tolist()):
             texts = tuple((self.processor.decode(h.ids), h.score) for h in hypotheses)
-            seconds = len(waveforms[i]) / self.sample_rate
-            found[i] = Transcript(*texts[0], seconds=seconds, nbest=texts, complete=hypotheses[0].complete)
-        return found
+            seconds = samples / self.sample_rate
+            yield Transcript(*texts[0], seconds=seconds, nbest=texts, complete=hypotheses[0].complete)
+
+
+def keyword_list(keywords: Sequence[str]) -> str:
+    """Return the context that lists keywords, in the form of the lists that a recogniser is trained with."""
+    if isinstance(keywords, str):
+        raise ValueError(f"keywords is one text, {keywords!r}; give a list of names and phrases, or it as context")
+    listed = ", ".join(dict.fromkeys(word for keyword in keywords if (word := " ".join(keyword.split()))))
+    if not listed:
+        raise ValueError("keywords has no word in it; give at least one, or leave keywords out")
+    return listed
+
+
+def _one_each(value: str | Sequence[str | None] | None, items: list, *, name: str) -> list[str | None]:
+    """Return a value for each item: the one given, or the one in its place."""
+    values = [value] * len(items) if value is None or isinstance(value, str) else list(value)
+    if len(values) != len(items):
+        raise ValueError(f"{len(items)} pieces of audio and {len(values)} {name}s; give one {name}, or one each")
+    return values
 
 
 def is_silent(waveform: np.ndarray, sample_rate: int) -> bool:

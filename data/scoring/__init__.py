@@ -1,12 +1,18 @@
 """Scoring: normalise, align, count, report. Works without a model, without torch, on nothing but texts."""
 
+from .conditions import NONE, ConditionScores, rescore_conditions, score_conditions, write_conditions
+from .context import ContextReport, score_context
 from .errors import ErrorCounts, ErrorRate, align, count_errors, tokenize
 from .files import read_hypotheses, score_folder, write_score_folder
 from .normalize import Normalizer, get_normalizer
+from .phrases import keywords_of
 from .report import write_report
 from .result import ScoredUtterance, ScoreReport, compare, score
 
 __all__ = [
+    "NONE",
+    "ConditionScores",
+    "ContextReport",
     "ErrorCounts",
     "ErrorRate",
     "Normalizer",
@@ -16,10 +22,15 @@ __all__ = [
     "compare",
     "count_errors",
     "get_normalizer",
+    "keywords_of",
     "read_hypotheses",
+    "rescore_conditions",
     "score",
+    "score_conditions",
+    "score_context",
     "score_folder",
     "tokenize",
+    "write_conditions",
     "write_report",
     "write_score_folder",
 ]

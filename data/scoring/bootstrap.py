@@ -7,6 +7,7 @@ cost that does not grow with the corpus. It takes utterances as independent; man
 Shape letters: N utterances, C columns, K distinct rows, R replicates.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +40,34 @@ def bootstrap_interval(
     errors_N: np.ndarray, lengths_N: np.ndarray, *, seed: int, replicates: int = 1000, confidence: float = 0.95
 ) -> Interval | None:
     """Return the interval of errors.sum() / lengths.sum(); None with fewer than two utterances or no reference."""
+    columns_NC = np.stack([errors_N, lengths_N], axis=1)
+    return bootstrap_statistic(columns_NC, ratio_of_sums, seed=seed, replicates=replicates, confidence=confidence)
+
+
+def ratio_of_sums(sums_RC: np.ndarray) -> np.ndarray:
+    """Return the first column over the second, NaN over nothing."""
+    over_R = np.where(sums_RC[:, 1] > 0, sums_RC[:, 1], 1)
+    return np.where(sums_RC[:, 1] > 0, sums_RC[:, 0] / over_R, np.nan)
+
+
+def bootstrap_statistic(
+    columns_NC: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    replicates: int = 1000,
+    confidence: float = 0.95,
+) -> Interval | None:
+    """Return the interval of a function of column sums, sums_RC -> values_R, such as an F1.
+
+    Replicates that give NaN are left out. None with fewer than two utterances, or where the value itself is NaN.
+    """
     _check(replicates, confidence)
-    if len(errors_N) < 2 or not lengths_N.sum():
+    if len(columns_NC) < 2 or np.isnan(statistic(columns_NC.sum(axis=0, keepdims=True))).any():
         return None
-    sums_RC = _resampled_sums(np.stack([errors_N, lengths_N], axis=1), seed=seed, replicates=replicates)
-    sums_RC = sums_RC[sums_RC[:, 1] > 0]
-    low, high = np.quantile(sums_RC[:, 0] / sums_RC[:, 1], [(1 - confidence) / 2, (1 + confidence) / 2])
+    values_R = statistic(_resampled_sums(columns_NC, seed=seed, replicates=replicates))
+    bounds = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(values_R[~np.isnan(values_R)], bounds)
     return Interval(float(low), float(high), confidence, replicates)
 
 

@@ -25,7 +25,7 @@ from .normalize import CJK
 
 METRICS = {"word": "wer", "char": "cer", "mixed": "mer"}
 SUBSTITUTION, DELETION, INSERTION, HIT = "sub", "del", "ins", "hit"
-_MIXED_TOKEN = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
+MIXED_TOKEN = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 _ANY_CJK = re.compile(f"[{CJK}]")
 
 
@@ -92,7 +92,7 @@ def tokenizer_of(unit: str) -> Callable[[str], Sequence[str]]:
     """Return the function text -> tokens of `unit`; for characters it is one string with single spaces."""
     if unit not in METRICS:
         raise ValueError(f"unit {unit!r} is unknown: choose one of {', '.join(METRICS)}")
-    return {"word": str.split, "char": lambda text: " ".join(text.split()), "mixed": _MIXED_TOKEN.findall}[unit]
+    return {"word": str.split, "char": lambda text: " ".join(text.split()), "mixed": MIXED_TOKEN.findall}[unit]
 
 
 def tokenize(text: str, unit: str) -> list[str]:

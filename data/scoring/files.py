@@ -1,6 +1,6 @@
 """The files of a scored set, and scoring again from them without the model.
 
-hyp.jsonl     one utterance a line: id, ref_raw, hyp_raw, ref, hyp, nbest, scores, seconds, rtf
+hyp.jsonl     one utterance a line: id, ref_raw, hyp_raw, ref, hyp, nbest, scores, seconds, rtf, lang, keywords, phrases
 hyp.trn       `text (utt)`, tokens of the headline unit, for sclite; ref.trn the same for references
 errs.txt      the lines that scripts look for: %WER, %SER, PER-UTT DETAILS, SUBSTITUTIONS, DELETIONS, INSERTIONS
 summary.json  rates as percent and as fraction, intervals, counts, the stamp, model hash, decode options; written last
@@ -25,12 +25,22 @@ _NOT_IN_TRN_ID = re.compile(r"[\s()%]")
 
 
 def write_score_folder(
-    report: ScoreReport, out: str | Path, *, model_hash: str | None = None, decode: Mapping | None = None
+    report: ScoreReport,
+    out: str | Path,
+    *,
+    model_hash: str | None = None,
+    decode: Mapping | None = None,
+    conditions: Mapping[str, Mapping] | None = None,
 ) -> dict:
-    """Write the five files to `out` (made if absent) and return what summary.json holds."""
+    """Write the five files to `out` (made if absent) and return what summary.json holds.
+
+    conditions: {name: {rate: fraction}}, the report's and those of other conditions side by side, for the summary.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     summary = summarize(report, model_hash=model_hash, decode=decode)
+    if conditions:
+        summary["conditions"] = {name: dict(rates) for name, rates in conditions.items()}
     _write_lines(out / "hyp.jsonl", (json.dumps(row, ensure_ascii=False) for row in _hypothesis_rows(report)))
     ids = [utterance.id for utterance in report.utterances]
     _write_lines(out / "ref.trn", _trn_lines(ids, report.references, unit=report.stamp.unit))
@@ -54,7 +64,7 @@ def score_folder(
     hyp_jsonl: str | Path,
     out: str | Path,
     *,
-    normalizer: str | Normalizer,
+    normalizer: str | Normalizer | None = None,
     unit: str | None = None,
     equivalences: Sequence[Collection[str]] | None = None,
     seed: int = 0,
@@ -64,10 +74,15 @@ def score_folder(
     Model hash and decode options are taken from the summary.json beside `hyp_jsonl`, where there is one.
     """
     report = score(read_hypotheses(hyp_jsonl), normalizer=normalizer, unit=unit, equivalences=equivalences, seed=seed)
-    before = Path(hyp_jsonl).parent / "summary.json"
-    known = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    known = read_summary(Path(hyp_jsonl).parent)
     write_score_folder(report, out, model_hash=known.get("model_hash"), decode=known.get("decode"))
     return report
+
+
+def read_summary(folder: Path) -> dict:
+    """Return what summary.json in a folder says, {} where there is none."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def summarize(report: ScoreReport, *, model_hash: str | None = None, decode: Mapping | None = None) -> dict:
@@ -77,6 +92,7 @@ def summarize(report: ScoreReport, *, model_hash: str | None = None, decode: Map
         "metric": headline.metric,
         **rate_entry(headline),
         "rates": {name: rate_entry(rate) for name, rate in report.rates.items()},
+        "languages": {lang: {"metric": rate.metric, **rate_entry(rate)} for lang, rate in report.languages.items()},
         "merged": rate_entry(report.merged) if report.merged else None,
         "equivalences": [list(group) for group in report.equivalences],
         "stamp": report.stamp._asdict(),
@@ -86,7 +102,7 @@ def summarize(report: ScoreReport, *, model_hash: str | None = None, decode: Map
         "rtf": report.rtf,
         "bootstrap_seed": report.seed,
         "model_hash": model_hash,
-        "decode": dict(decode) if decode is not None else None,
+        "decode": {name: _in_json(value) for name, value in decode.items()} if decode is not None else None,
     }
 
 
@@ -94,9 +110,9 @@ def rate_entry(rate: ErrorRate) -> dict:
     """Return a rate as JSON numbers: percent and unrounded fraction, interval, counts."""
     counts = rate.counts
     return {
-        "percent": _finite(rate.percent),
-        "fraction": _finite(rate.fraction),
-        "interval": _interval_entry(rate.interval) if rate.interval else None,
+        "percent": finite(rate.percent),
+        "fraction": finite(rate.fraction),
+        "interval": interval_entry(rate.interval) if rate.interval else None,
         "errors": counts.errors,
         "reference_tokens": counts.reference_tokens,
         "substitutions": counts.substitutions,
@@ -106,7 +122,8 @@ def rate_entry(rate: ErrorRate) -> dict:
     }
 
 
-def _interval_entry(interval: Interval) -> dict:
+def interval_entry(interval: Interval) -> dict:
+    """Return an interval as JSON numbers."""
     return {
         "confidence": interval.confidence,
         "percent": [100 * interval.low, 100 * interval.high],
@@ -115,8 +132,14 @@ def _interval_entry(interval: Interval) -> dict:
     }
 
 
-def _finite(number: float) -> float | None:
+def finite(number: float) -> float | None:
+    """Return a number that JSON can hold, None for the others."""
     return number if math.isfinite(number) else None
+
+
+def _in_json(value: object) -> object:
+    """JSON has no infinity, which settings of the search may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(line: str, *, where: str) -> ScoredUtterance:
@@ -130,6 +153,9 @@ def _record(line: str, *, where: str) -> ScoredUtterance:
             nbest=tuple(row.get("nbest") or ()),
             scores=tuple(row.get("scores") or ()),
             rtf=row.get("rtf"),
+            lang=row.get("lang") or "",
+            keywords=tuple(row.get("keywords") or ()),
+            phrases=tuple(row.get("phrases") or ()),
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}); is the file cut off?") from None
@@ -149,6 +175,9 @@ def _hypothesis_rows(report: ScoreReport) -> Iterator[dict]:
             "scores": list(utterance.scores),
             "seconds": utterance.seconds,
             "rtf": utterance.rtf,
+            "lang": utterance.lang,
+            "keywords": list(utterance.keywords),
+            "phrases": list(utterance.phrases),
         }
 
 

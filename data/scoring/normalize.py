@@ -7,7 +7,11 @@ rules alone has moved a published average from 5.42 to 5.32 %, and one set from 
 whisper-english   Whisper's English rules as transformers ships them: lower case, contractions, numbers to digits. The
                   British-to-American spelling map is a file of the Whisper checkpoint (`normalizer.json`), not of
                   transformers: give it as `spelling`, else the version says "no-spelling-map".
-whisper-basic     Whisper's rules for every other language: lower case, punctuation to spaces.
+whisper-basic     Whisper's rules for every other language: lower case, punctuation to spaces. Combining marks become
+                  spaces too, which breaks the words of Thai and Hindi.
+multilingual      for corpora of several languages: the same rules, but marks stay, and between characters of scripts
+                  written without spaces there are none. English comes out as of whisper-basic. Scored by CJK character
+                  and word.
 mandarin          AISHELL practice: full width to half width (NFKC), Latin upper case, punctuation, symbols and all
                   spaces dropped; digits stay as written. Scored by character.
 code-switch       the same, but Latin words stay apart and keep their apostrophes. Scored by CJK character and
@@ -26,9 +30,12 @@ from pathlib import Path
 
 # Han (with extensions, compatibility forms, 々 and 〇) and kana: scripts written without spaces. Hangul has spaces.
 CJK = "\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+# All scripts written without spaces: those and Thai, Lao, Burmese, Khmer.
+UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 # Raise with any change of the rules below: tests/data/scoring/test_normalize.py pins what each version returns.
 MANDARIN_VERSION = "1"
 CODE_SWITCH_VERSION = "1"
+MULTILINGUAL_VERSION = "1"
 
 SpellingMap = Mapping[str, str] | str | Path
 
@@ -116,8 +123,10 @@ class _DropTable(dict):
 
 _DROP = _DropTable("")
 _SPACE_OUT = _DropTable(" ", keep="'")
+_SPACE_OUT_ALL = _DropTable(" ", keep="\u200c\u200d")  # joiners belong to the words of Persian and of Indic scripts
 _LONE_APOSTROPHE = re.compile(r"(?<![^\W_])'|'(?![^\W_])")
 _SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}]) | (?=[{CJK}])")
+SPACE_AT_UNSPACED = re.compile(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
 
 
 def normalize_mandarin(text: str) -> str:
@@ -132,9 +141,19 @@ def normalize_code_switch(text: str) -> str:
     return _SPACE_AT_CJK.sub("", text)
 
 
+_BRACKETED = re.compile(r"[<\[][^>\]]*[>\]]|\(([^)]+?)\)")
+
+
+def normalize_multilingual(text: str) -> str:
+    """As Whisper's basic rules, but with combining marks, and without spaces at characters that are written without."""
+    text = unicodedata.normalize("NFKC", _BRACKETED.sub("", text.lower()))
+    return SPACE_AT_UNSPACED.sub("", " ".join(text.translate(_SPACE_OUT_ALL).split()))
+
+
 NORMALIZERS: dict[str, Callable[..., Normalizer]] = {
     "whisper-english": _whisper_english,
     "whisper-basic": _whisper_basic,
+    "multilingual": lambda: Normalizer("multilingual", MULTILINGUAL_VERSION, "mixed", normalize_multilingual),
     "mandarin": lambda: Normalizer("mandarin", MANDARIN_VERSION, "char", normalize_mandarin, has_words=False),
     "code-switch": lambda: Normalizer("code-switch", CODE_SWITCH_VERSION, "mixed", normalize_code_switch),
     "none": lambda: Normalizer("none", "1", "word", str),

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from .charts import charts
+from .conditions import NONE, ConditionScores
+from .context_table import context_section
 from .errors import DELETION, HIT, INSERTION, SUBSTITUTION, ErrorRate
 from .page import page
 from .result import ScoreReport
 
 # key -> (encoded audio, MIME type), or None where there is none: lambda key: (flac_bytes, "audio/flac")
 AudioSource = Callable[[str], tuple[bytes, str] | None]
-RATE_KEYS = ("wer", "cer", "mer")
+RATE_KEYS = ("wer", "cer", "mer", "rate", "recall", "precision", "f1")
 
 
 def write_report(
@@ -29,6 +31,7 @@ def write_report(
     *,
     title: str = "Recognition report",
     others: Mapping[str, ScoreReport] | None = None,
+    conditions: ConditionScores | None = None,
     stages: Mapping[str, Mapping] | None = None,
     runs: Mapping[str, Iterable[Mapping]] | None = None,
     details: Mapping[str, object] | None = None,
@@ -38,13 +41,16 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file and return its path.
 
-    others: further sets or systems for the rates table, by name. stages: {stage: {metric: value}}, as in a pipeline's
+    others: further sets or systems for the rates table, by name. conditions: of which `report` is the one without
+    context; the others are put beside it. stages: {stage: {metric: value}}, as in a pipeline's
     summary.json. runs: {stage: rows of its metrics.jsonl}. details: facts for the foot (model hash, decode options).
     audio: called with utterance ids, worst first, until max_audio_bytes (of encoded audio, all together) are used.
     """
+    beside = {name: other for name, other in conditions.reports.items() if name != NONE} if conditions else {}
     sections = [
         _headline(report, title),
-        _rates_table(report, others or {}),
+        _rates_table(report, beside | dict(others or {})),
+        context_section(conditions) if conditions else "",
         _stage_table(stages) if stages else "",
         _learning_curves(runs) if runs else "",
         _patterns(report),
@@ -107,10 +113,14 @@ def _rates_table(report: ScoreReport, others: Mapping[str, ScoreReport]) -> str:
     rows = [_rate_row(name.upper(), rate, main=rate is report.headline) for name, rate in report.rates.items()]
     if report.merged:
         rows.append(_rate_row(f"{report.merged.metric.upper()}, sound-alikes merged", report.merged))
+    rows += [_rate_row(f"{lang}: {rate.metric.upper()}", rate) for lang, rate in report.languages.items()]
     for name, other in others.items():
         # Numbers under another normaliser or unit may stand in the table only with a warning.
         warning = "" if other.stamp.comparable(report.stamp) else " (scored differently: not comparable)"
         rows.append(_rate_row(f"{name}: {other.headline.metric.upper()}{warning}", other.headline))
+        rows += [
+            _rate_row(f"{name}, {lang}: {rate.metric.upper()}{warning}", rate) for lang, rate in other.languages.items()
+        ]
     heads = "<th>rate</th><th>%</th><th>interval</th><th>errors</th><th>tokens</th><th>sub</th><th>del</th><th>ins</th>"
     keys = "".join(
         f"<span class='dotkey {kind}'></span>{label}"
@@ -245,13 +255,15 @@ def _utterance(report: ScoreReport, index: int, player: str) -> str:
     badges = [f"{counts.errors} of {counts.reference_tokens}", rate]
     badges += [f"{utterance.seconds:.1f} s"] if utterance.seconds else []
     badges += ["looping"] if utterance.id in report.diagnostics.looping else []
+    badges += [utterance.lang] if report.languages and utterance.lang else []
     badges += ["refusing"] if utterance.id in report.diagnostics.refusing else []
     order = counts.fraction if math.isfinite(counts.fraction) else 1e9
     raw = [("reference", utterance.reference), ("hypothesis", utterance.hypothesis)]
+    raw += [("keywords", ", ".join(utterance.keywords))] if utterance.keywords else []
     raw += [(f"{n}-best", text) for n, text in enumerate(_scored_nbest(utterance), 1)]
     rows = "".join(f"<dt>{escape(name)}</dt><dd dir='auto'>{escape(text)}</dd>" for name, text in raw)
     pairs = "".join(_pair(*pair) for pair in report.alignment(index))
-    marks = "".join(f"<span class='badge'>{badge}</span>" for badge in badges)
+    marks = "".join(f"<span class='badge'>{escape(badge)}</span>" for badge in badges)
     return (
         f"<article class='utt' data-errors='{counts.errors}' data-rate='{order:.6g}' "
         f"data-seconds='{utterance.seconds}'><header><b>{escape(utterance.id)}</b>{marks}{player}"

@@ -8,8 +8,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +32,16 @@ from .errors import (
     tokenize,
     tokenizer_of,
 )
+from .languages import suited, unit_of
 from .normalize import Normalizer, get_normalizer
 
 
 @dataclass(frozen=True)
 class ScoredUtterance:
-    """One utterance with raw texts. seconds: of audio; rtf: decoding seconds per second of audio, None if unknown."""
+    """One utterance with raw texts. seconds: of audio; rtf: decoding seconds per second of audio, None if unknown.
+
+    keywords are the names and phrases of the reference to look for; phrases those of the context it was decoded with.
+    """
 
     id: str
     reference: str
@@ -46,6 +50,9 @@ class ScoredUtterance:
     nbest: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     rtf: float | None = None
+    lang: str = ""
+    keywords: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
 
 
 class Stamp(NamedTuple):
@@ -81,6 +88,9 @@ class ScoreReport:
     rates: dict[str, ErrorRate]
     merged: ErrorRate | None  # the headline rate with the equivalent words merged
     diagnostics: Diagnostics
+    languages: dict[str, ErrorRate] = field(default_factory=dict)  # of each language, where there are several
+    keywords: tuple[tuple[str, ...], ...] = ()  # of each utterance, normalised as its texts; so are the phrases
+    phrases: tuple[tuple[str, ...], ...] = ()
     equivalences: tuple[tuple[str, ...], ...] = ()
     seed: int = 0
 
@@ -125,7 +135,7 @@ class ScoreReport:
 def score(
     records: Iterable[ScoredUtterance],
     *,
-    normalizer: str | Normalizer,
+    normalizer: str | Normalizer | None = None,
     unit: str | None = None,
     equivalences: Sequence[Collection[str]] | None = None,
     seed: int = 0,
@@ -133,19 +143,26 @@ def score(
 ) -> ScoreReport:
     """Normalise, align and count.
 
-    unit: "word", "char" or "mixed", what the headline rate counts; None takes the normaliser's own.
+    normalizer: None takes the one that suits the languages of the references (languages.py).
+    unit: "word", "char" or "mixed", what the headline rate counts; None takes the normaliser's own, or with no
+    normaliser given the one that suits the languages.
     equivalences: groups of words that sound alike, [["caitlin", "kaitlyn"], ["marc", "mark"]]; the headline rate is
     also given with each group merged into one word, beside and never instead of the plain rate.
     seed: of the bootstrap intervals; the same seed gives the same report.
     """
     utterances = tuple(records)
     _check_ids(utterances)
+    if normalizer is None:
+        normalizer, suiting = suited([u.lang for u in utterances], texts=[u.reference for u in utterances])
+        unit = suiting if unit is None else unit
     normalize = get_normalizer(normalizer) if isinstance(normalizer, str) else normalizer
     unit = normalize.unit if unit is None else unit
     tokens = tokenizer_of(unit)
     if unit == "word" and not normalize.has_words:
         raise ValueError(f"unit 'word' with normalizer {normalize.name!r}, which drops spaces: set unit to 'char'")
-    references, hypotheses = _normalize_once(utterances, normalize)
+    normalize = _remembering(normalize)
+    references = tuple(normalize(u.reference) for u in utterances)
+    hypotheses = tuple(normalize(u.hypothesis) for u in utterances)
     counts = _count_units(references, hypotheses, normalize, unit)
     groups, merged = _merge_groups(equivalences or (), normalize), None
     if groups:
@@ -162,6 +179,9 @@ def score(
         diagnostics=diagnose(
             [u.id for u in utterances], [tokens(t) for t in references], [tokens(t) for t in hypotheses], counts[unit]
         ),
+        languages=_by_language(utterances, references, hypotheses, normalize, seed=seed, replicates=replicates),
+        keywords=tuple(tuple(map(normalize, u.keywords)) for u in utterances),
+        phrases=tuple(tuple(map(normalize, u.phrases)) for u in utterances),
         equivalences=tuple(tuple(sorted(group)) for group in equivalences or ()),
         seed=seed,
     )
@@ -169,6 +189,18 @@ def score(
 
 def compare(first: ScoreReport, second: ScoreReport, *, seed: int = 0, replicates: int = 1000) -> PairedDifference:
     """Say whether `second` is better than `first` on the same utterances: paired bootstrap of the headline rate."""
+    order_N = same_utterances(first, second)
+    return paired_bootstrap(
+        first.counts_NC[:, :3].sum(axis=1),
+        second.counts_NC[order_N, :3].sum(axis=1),
+        first.counts_NC[:, [0, 1, 3]].sum(axis=1),
+        seed=seed,
+        replicates=replicates,
+    )
+
+
+def same_utterances(first: ScoreReport, second: ScoreReport) -> np.ndarray:
+    """Return order_N, where in `second` each utterance of `first` is; ValueError where they cannot be compared."""
     if not first.stamp.comparable(second.stamp):
         raise ValueError(f"reports are not comparable: {first.stamp} against {second.stamp}; score both the same way")
     other = {utterance.id: index for index, utterance in enumerate(second.utterances)}
@@ -180,13 +212,7 @@ def compare(first: ScoreReport, second: ScoreReport, *, seed: int = 0, replicate
     for utterance, text, index in zip(first.utterances, first.references, order_N):
         if text != second.references[index]:
             raise ValueError(f"utterance {utterance.id!r} has two different references: score one set with both")
-    return paired_bootstrap(
-        first.counts_NC[:, :3].sum(axis=1),
-        second.counts_NC[order_N, :3].sum(axis=1),
-        first.counts_NC[:, [0, 1, 3]].sum(axis=1),
-        seed=seed,
-        replicates=replicates,
-    )
+    return order_N
 
 
 def _check_ids(utterances: tuple[ScoredUtterance, ...]) -> None:
@@ -199,12 +225,30 @@ def _check_ids(utterances: tuple[ScoredUtterance, ...]) -> None:
         )
 
 
-def _normalize_once(
-    utterances: tuple[ScoredUtterance, ...], normalize: Normalizer
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Normalise each distinct text once: references recur in hypotheses, and Whisper's rules take 0.1 ms a text."""
-    known = {text: normalize(text) for text in {t for u in utterances for t in (u.reference, u.hypothesis)}}
-    return tuple(known[u.reference] for u in utterances), tuple(known[u.hypothesis] for u in utterances)
+def _remembering(normalize: Normalizer) -> Normalizer:
+    """Normalise each distinct text once: references and names recur, and Whisper's rules take 0.1 ms a text."""
+    return replace(normalize, function=lru_cache(maxsize=None)(normalize.function))
+
+
+def _by_language(
+    utterances: tuple[ScoredUtterance, ...],
+    references: tuple[str, ...],
+    hypotheses: tuple[str, ...],
+    normalize: Normalizer,
+    *,
+    seed: int,
+    replicates: int,
+) -> dict[str, ErrorRate]:
+    """Return the rate of each language by the unit that suits it, where there are several; "" is called unknown."""
+    languages = sorted({utterance.lang for utterance in utterances})
+    rates = {}
+    for lang in languages if len(languages) > 1 else ():
+        rows = [i for i, utterance in enumerate(utterances) if utterance.lang == lang]
+        texts = [[side[i] for i in rows] for side in (references, hypotheses)]
+        unit = unit_of(lang, texts=texts[0]) if normalize.has_words else "char"
+        counts_NC = count_corpus(*texts, unit=unit)
+        rates[lang or "unknown"] = _rate(counts_NC, METRICS[unit], seed=seed, replicates=replicates)
+    return rates
 
 
 def _count_units(

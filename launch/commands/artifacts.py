@@ -3,6 +3,7 @@
 import argparse
 import glob
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transcribe_ = commands.add_parser("transcribe", help="print the transcript of audio files, one line each")
     transcribe_.add_argument("artifact")
     transcribe_.add_argument("files", nargs="+", help="wav, flac, ogg or mp3 of any rate; patterns such as 'a/*.wav'")
-    transcribe_.add_argument("--context", help="words that may occur, such as a list of names")
+    context = transcribe_.add_mutually_exclusive_group()
+    context.add_argument("--context", metavar="TEXT", help="what is known beforehand, such as a dialogue or an agenda")
+    context.add_argument("--context-file", metavar="F", help="the same from a text file in UTF-8")
+    context.add_argument("--keywords", metavar="A,B,C", help="names and phrases that may occur")
+    transcribe_.add_argument("--language", metavar="TAG", help="the language spoken, one of those the recogniser knows")
+    transcribe_.add_argument(
+        "--context-search",
+        choices=("joint", "plain"),
+        help="joint: what is implausible without the context is out (default: the recogniser's own)",
+    )
+    transcribe_.add_argument(
+        "--context-alpha", type=float, help="weight of the context (default: the recogniser's own)"
+    )
     transcribe_.add_argument("--beam-size", type=int, help="1 is greedy (default: the recogniser's own)")
     transcribe_.add_argument("--ctc-weight", type=float, help="share of the CTC head (default: the recogniser's own)")
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
@@ -70,24 +83,50 @@ def transcribe(arguments: argparse.Namespace) -> int:
     """Print one line per file; a file that cannot be read is one line on stderr, and 1 at the end."""
     from ...stages.transcribe import load
 
+    settings = {
+        "context": context_text(arguments.context, arguments.context_file),
+        "keywords": keywords(arguments.keywords),
+        "language": arguments.language,
+        "beam_size": arguments.beam_size,
+        "ctc_weight": arguments.ctc_weight,
+        "context_search": arguments.context_search,
+        "context_alpha": arguments.context_alpha,
+    }
     recogniser = load(artifact_folder(arguments.artifact))
     failed = 0
     for files in _in_groups(expand(arguments.files)[: arguments.limit]):
         readable = list(_read(files, sample_rate=recogniser.sample_rate))
         failed += len(files) - len(readable)
         waveforms = [waveform for _, waveform in readable]
-        hypotheses = (
-            recogniser.transcribe(
-                waveforms, arguments.context, beam_size=arguments.beam_size, ctc_weight=arguments.ctc_weight
-            )
-            if readable
-            else []
-        )
+        hypotheses = recogniser.transcribe(waveforms, **settings)
         for (file, _), hypothesis in zip(readable, hypotheses, strict=True):
             print(_line(file, hypothesis, as_json=arguments.json), flush=True)
             if not hypothesis.complete:
                 print(f"seedling: {file}: the transcript was cut off at its greatest length", file=sys.stderr)
     return 1 if failed else 0
+
+
+def context_text(text: str | None, file: str | None) -> str | None:
+    """Return the context that a user gives as text or as a file."""
+    if file is None:
+        return text
+    try:
+        read = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the context file as UTF-8") from None
+    if not read.strip():
+        raise ValueError(f"{file}: the context file is empty; write a context into it, or leave it out")
+    return read
+
+
+def keywords(text: str | None) -> list[str] | None:
+    """Return the keywords of a list with commas, of whatever script."""
+    if text is None:
+        return None
+    found = [word.strip() for word in re.split("[,，、;；\n]", text) if word.strip()]
+    if not found:
+        raise ValueError(f"--keywords {text!r} has no word in it; separate them by commas, as --keywords Ann,Bob")
+    return found
 
 
 def expand(files: Sequence[str]) -> list[str]:

@@ -186,6 +186,12 @@ class ArtifactWriter:
         publish(self.path, self.target)
         return Artifact(self.target, manifest)
 
+    def set_aside(self, name: str) -> Path:
+        """Keep what was written in a folder `name` beside the target, for people to look at: it is no artifact."""
+        kept = self.target.with_name(name)
+        publish(self.path, kept)
+        return kept
+
 
 def _reference(artifact: Artifact) -> dict:
     return {"path": str(artifact.path.resolve()), "kind": artifact.kind, "manifest_blake2b": artifact.hash}

@@ -8,7 +8,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,16 @@ def keys_of(section: type) -> dict[str, Any]:
     """Return {key: type hint} of a dataclass, in the order of its fields; string annotations are resolved."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in fields(section) if field.init}
+
+
+def all_optional(section: type, *, name: str) -> type:
+    """Return a dataclass with the keys of `section`, all null by default: values that change what is set elsewhere."""
+    return make_dataclass(name, [(key, hint | None, None) for key, hint in keys_of(section).items()])
+
+
+def given_values(section: Any) -> dict[str, Any]:
+    """Return the keys of an instance that are set."""
+    return {key: value for key in keys_of(type(section)) if (value := getattr(section, key)) is not None}
 
 
 def all_keys(section: type, *, prefix: str = "") -> Iterator[str]:

@@ -35,8 +35,8 @@ class StepOutput(NamedTuple):
 class Batch(Protocol):
     """What the runtime reads of a batch. `index` is the micro-batch's running number: it seeds the forward pass.
 
-    Seconds are of audio, characters of text, each with and without padding; 0 where a batch has none. `amount` says in
-    words what is in it.
+    Seconds are of audio, characters of text, each with and without padding; 0 where a batch has none. `utterances` is
+    its length, but that a joined one counts as all that it was joined from. `amount` says in words what is in it.
     """
 
     index: int
@@ -51,6 +51,8 @@ class Batch(Protocol):
     def characters(self) -> int: ...
     @property
     def padded_characters(self) -> int: ...
+    @property
+    def utterances(self) -> int: ...
     @property
     def amount(self) -> str: ...
     def to(self, device: Any) -> Batch: ...

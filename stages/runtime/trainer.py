@@ -125,7 +125,7 @@ class Trainer:
             padded_seconds=sum(batch.padded_seconds for batch in fed.batches),
             characters=sum(batch.characters for batch in fed.batches),
             padded_characters=sum(batch.padded_characters for batch in fed.batches),
-            utterances=sum(len(batch) for batch in fed.batches),
+            utterances=sum(batch.utterances for batch in fed.batches),
             bad=sum(len(batch.bad) for batch in fed.batches),
             stop=self.stop.requested,
         )

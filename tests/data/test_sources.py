@@ -79,7 +79,7 @@ def test_a_manifest_gives_all_its_keys(tmp_path):
     assert source.kind == "manifest"
     assert (first.id, first.text, first.lang, first.speaker) == ("audio/a-125ms", "two words", "en", "12")
     assert (first.keywords, first.offset_s, first.duration_s) == (["two", "words"], 0.125, 0.25)
-    assert first.extra == {"room": "kitchen"}
+    assert first.extra == {"room": "kitchen", "session": "audio/a.flac"} and second.extra == {}
     assert first.size == len(flac())
     assert len(read_audio(source.reader(first))) == RATE // 2
     assert (second.text, second.duration_s, second.size, second.problem) == ("", None, 0, None)

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from seedling.model.ctc_prefix import CTCPrefixes, JointScorer, TokenBytes, token_bytes
+from seedling.model.ctc_prefix import CTCPrefixes, TokenBytes, token_bytes
+from seedling.model.ctc_scorer import CTCGains, CTCScorer
 from seedling.model.decoding import DecodeConfig, decode
 
 W = 4  # three "bytes" and the blank
@@ -94,21 +95,17 @@ class Spelling:
 
 def joint(log_probs, lengths, *, weight, candidates=7):
     spelling = Spelling()
-    return JointScorer(
-        FlatLLM(len(spelling.bytes_of)),
-        CTCPrefixes(log_probs, lengths),
-        tokens=spelling.tokens(),
-        end=0,
-        weight=weight,
-        candidates=candidates,
+    gains = CTCGains(
+        CTCPrefixes(log_probs, lengths), tokens=spelling.tokens(), end=0, weight=weight, candidates=candidates
     )
+    return CTCScorer(FlatLLM(len(spelling.bytes_of)), gains)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_wide_beam_finds_the_string_and_score_that_brute_force_finds(seed):
     log_probs, lengths = log_probs_of(4, 2, seed=seed)
     weight = 0.999
-    config = DecodeConfig(beam_size=200, nbest=1, length_penalty=0.0, stop="never", ctc_candidates=200)
+    config = DecodeConfig(beam_size=200, nbest=1, length_penalty=0.0, stop="never", context_top_k=0)
     found = decode(joint(log_probs, lengths, weight=weight), [None, None], limits=[6, 6], end=0, config=config)
     spell = Spelling.bytes_of
     for b, length in enumerate(lengths.tolist()):

@@ -3,13 +3,15 @@
 import itertools
 import math
 import random
+import zlib
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from seedling.model.ctc_prefix import token_bytes
-from seedling.model.decoding import DecodeConfig, Hypothesis, LLMScorer, decode
+from seedling.model.decoding import DecodeConfig, Hypothesis, decode
+from seedling.model.llm_scorer import llm_scorer
 
 END = 1
 FAMILIES = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe", "gemma2"]
@@ -32,7 +34,7 @@ def make_end_likely(llm, *, by: float) -> None:
 def search(llm, prefixes, *, limits: list[int] | None = None, **config) -> list[list[Hypothesis]]:
     config = DecodeConfig(**config)
     limits = limits or [config.max_new_tokens] * len(prefixes)
-    return decode(LLMScorer(llm), prefixes, limits=limits, end=END, config=config)
+    return decode(llm_scorer(llm), prefixes, limits=limits, end=END, config=config)
 
 
 @torch.no_grad()
@@ -215,7 +217,7 @@ class TableScorer:
         return torch.stack([self.next_of(history) for history in self.histories])
 
     def next_of(self, history: tuple) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(hash(history) % 2**31)
+        generator = torch.Generator().manual_seed(zlib.crc32(repr(history).encode()))
         return torch.randn(self.vocabulary, generator=generator).log_softmax(-1)
 
 
@@ -231,7 +233,7 @@ def test_a_beam_as_wide_as_the_search_space_finds_what_enumeration_finds(seed):
             score = sum(scorer.next_of((seed, *tokens[:i]))[token].item() for i, token in enumerate(tokens))
             everything.append((score, [t for t in tokens if t != END]))
     everything.sort(reverse=True)
-    config = DecodeConfig(beam_size=81, nbest=81, length_penalty=0.0, stop="never")
+    config = DecodeConfig(beam_size=81, nbest=81, context_top_k=0, length_penalty=0.0, stop="never")
     (nbest,) = decode(scorer, [seed], limits=[limit], end=END, config=config)
     assert [h.ids for h in nbest] == [ids for _, ids in everything[:81]]
     assert all(math.isclose(h.score, score, abs_tol=1e-5) for h, (score, _) in zip(nbest, everything))
@@ -290,6 +292,51 @@ def test_the_repetition_guard_is_off_by_default_and_stops_phrases_when_on():
         ids = decode(likes(5, 6), [0], limits=[12], end=END, config=guarded)[0][0].ids
         assert ids[:5] == [5, 6, 5, 6, 5] and ids[5:6] != [6]
         assert decode(likes(5), [0], limits=[12], end=END, config=guarded)[0][0].ids[:3] != [5, 5, 5]
+
+
+def forbidding(scorer: TableScorer, forbidden) -> TableScorer:
+    """Let the scorer forbid the tokens that `forbidden(history)` names."""
+    free = scorer.next_of
+    scorer.next_of = lambda history: free(history).index_fill(0, torch.tensor(forbidden(history)).long(), -math.inf)
+    return scorer
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 5])
+def test_forbidden_tokens_are_never_emitted_and_no_hypothesis_is_impossible(beam_size):
+    def forbidden(history):
+        return random.Random(repr(history)).sample(range(6), k=5)  # one token is left: one path through the tree
+
+    scorer = forbidding(TableScorer(6), forbidden)
+    config = DecodeConfig(beam_size=beam_size, nbest=beam_size)
+    for nbest in decode(scorer, list(range(12)), limits=[9] * 12, end=END, config=config):
+        ((ids, score, complete),) = [(h.ids, h.score, h.complete) for h in nbest]
+        assert math.isfinite(score)
+        assert complete or len(ids) == 9
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_utterance_that_nothing_may_follow_is_over_at_once_with_what_it_has(beam_size, steps):
+    def forbidden(history):
+        return range(30) if history[0] == "stuck" and len(history) > steps else [END]
+
+    scorer = forbidding(TableScorer(30), forbidden)
+    config = DecodeConfig(beam_size=beam_size, nbest=beam_size)
+    stuck, free = decode(scorer, ["stuck", "free"], limits=[8, 8], end=END, config=config)
+    assert len(stuck) == (beam_size if steps else 1)
+    assert all(len(h.ids) == steps and not h.complete and math.isfinite(h.score) for h in stuck)
+    assert [h.score for h in stuck] == sorted((h.score for h in stuck), reverse=True)
+    assert len(free[0].ids) == 8
+    assert scorer.rows_seen[steps + 1] == beam_size, "the stuck utterance has left the batch"
+
+
+def test_what_has_finished_stands_when_nothing_may_follow_the_other_beams():
+    def forbidden(history):
+        return range(30) if len(history) == 3 else [i for i in range(30) if i not in (END, 5, 6)]
+
+    config = DecodeConfig(beam_size=3, nbest=3)
+    (nbest,) = decode(forbidding(TableScorer(30), forbidden), [0], limits=[8], end=END, config=config)
+    assert nbest and all(h.complete and len(h.ids) <= 1 for h in nbest)
 
 
 def test_more_beams_than_tokens_is_no_accident():

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import seedling  # noqa: F401  registers with transformers
+from seedling.model.conformer import ConformerConfig
 from seedling.model.features import Fbank, FeatureConfig
-from seedling.model.speech_encoder import SpeechEncoder, speech_encoder_facts
+from seedling.model.speech_encoder import SpeechEncoder, load_speech_encoder, speech_encoder_facts
 
 
 @pytest.fixture
@@ -64,3 +65,21 @@ def test_facts_say_features_and_frame_rate(model, tmp_path):
     facts = speech_encoder_facts(model)
     assert facts == {"feature_fingerprint": model.fbank.fingerprint(), "encoder_frames_per_second": 25.0}
     json.dumps(facts)
+
+
+def test_whoever_goes_on_from_an_encoder_may_change_its_chunks_and_keeps_them_otherwise(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+
+    def go_on(path, **options):
+        return load_speech_encoder(path, features=FeatureConfig(), encoder=ConformerConfig(**options))
+
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    for name in ("attention_chunk", "attention_left_chunks", "train_attention_chunks"):
+        del config["audio_config"][name]  # as an encoder from before there were chunks
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    assert go_on(tmp_path / "whole").encoder.cfg.attention_chunk is None
+    chunked = go_on(tmp_path / "whole", attention_chunk=50, attention_left_chunks=1, train_attention_chunks=[0, 50])
+    chunked.save_pretrained(tmp_path / "chunked")
+    kept = go_on(tmp_path / "chunked").encoder.cfg
+    assert (kept.attention_chunk, kept.attention_left_chunks, kept.train_attention_chunks) == (50, 1, [])
+    assert go_on(tmp_path / "chunked", attention_chunk=0).encoder.cfg.attention_chunk == 0

@@ -1,6 +1,7 @@
-"""evaluate: files that agree with one another and with jiwer, the same on any number of ranks; listening shows."""
+"""evaluate: files that agree with one another and with jiwer; listening shows."""
 
 import json
+import shutil
 
 import jiwer
 import numpy as np
@@ -12,6 +13,7 @@ from seedling.data.prepare import prepare
 from seedling.data.scoring import get_normalizer
 from seedling.launch.cli import main
 from seedling.stages.runtime.artifacts import lineage, load_artifact
+from seedling.stages.runtime.files import describe_files
 
 FILES = {"hyp.jsonl", "hyp.trn", "ref.trn", "errs.txt", "summary.json", "report.html", "manifest.json"}
 
@@ -92,21 +94,6 @@ def test_the_report_is_one_file_that_needs_no_other_and_plays_the_audio(report):
     assert "<script src" not in html and '<link rel="stylesheet"' not in html and 'src="http' not in html
 
 
-def test_two_ranks_find_the_same_hypotheses_as_one(report, sft_run, heldout, tmp_path):
-    config = tiny_runs.write_yaml(tmp_path / "evaluate.yaml", {"data": str(heldout)})
-    given = [f"run_dir={tmp_path}/run", f"inputs.acllm={sft_run}/artifact"]
-    tiny_runs.run_ranks(tmp_path, 2, "evaluate", "--config", str(config), *given)
-    one, two = hypotheses(report), hypotheses(tmp_path / "run" / "artifact")
-    assert one.keys() == two.keys()
-    for id_, row in one.items():
-        assert {k: v for k, v in row.items() if k not in ("scores", "rtf")} == {
-            k: v for k, v in two[id_].items() if k not in ("scores", "rtf")
-        }
-        assert two[id_]["scores"] == pytest.approx(row["scores"], abs=1e-3)
-    rates = [load_artifact(folder).metrics["wer"] for folder in (report, tmp_path / "run" / "artifact")]
-    assert rates[0] == rates[1]
-
-
 def test_hypotheses_do_not_depend_on_the_size_of_the_batches(report, evaluation):
     small = hypotheses(evaluation("batch_seconds=2"))
     assert {id_: row["hyp_raw"] for id_, row in small.items()} == {
@@ -127,6 +114,21 @@ def test_a_model_that_listens_is_lost_without_its_own_audio(evaluation, one_each
 def test_beam_search_keeps_its_n_best_with_scores(evaluation):
     for row in hypotheses(evaluation("decode.beam_size=3", "decode.nbest=2")).values():
         assert 1 <= len(row["nbest"]) == len(row["scores"]) <= 2 and row["nbest"][0] == row["hyp_raw"]
+
+
+def test_a_decode_setting_changes_that_one_of_the_recognisers_own(sft_run, heldout, tmp_path):
+    folder = tmp_path / "artifact"
+    shutil.copytree(sft_run / "artifact", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["decode"] = {"beam_size": 2, "max_repeats": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] |= describe_files(folder, ["config.json"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    given = [f"inputs.acllm={folder}", f"data={heldout}", "decode.nbest=2"]
+    made = tiny_runs.train("evaluate", tmp_path / "run", {}, *given) / "artifact"
+    decode = json.loads((made / "summary.json").read_text())["decode"]
+    assert (decode["beam_size"], decode["max_repeats"], decode["nbest"]) == (2, 3, 2)
 
 
 def test_words_that_sound_alike_are_merged_in_a_second_rate(evaluation, tmp_path):
@@ -173,6 +175,13 @@ def textless(tmp_path):
         (["equivalences=/nowhere.json"], "/nowhere.json"),
         (["learning_curves.sft=/nowhere"], "/nowhere"),
         (["decode.nbest=3"], "decode.nbest (3)"),
+        (["decode.beam_sise=3"], "override decode.beam_sise=3: unknown key; nearest valid key: decode.beam_size"),
+        (["decode.beam_size=wide"], "override decode.beam_size=wide: expected int"),
+        (["contexts.right=/nowhere"], "/nowhere: no finished contexts here"),
+        (["contexts.none=/nowhere"], "contexts.none"),
+        (["tell_language=true"], "was trained without prompts.languages"),
+        (["max_echo.wrong=0.1"], "there is no contexts.wrong"),
+        (["contexts.wrong=/nowhere", "max_echo.wrong=2"], "max_echo.wrong (2)"),
         (["inputs.acllm=SHARDS"], "manifest.json"),
         (["unit=phone"], "phone"),
         (["train.precision=bf16"], "override train.precision=bf16: unknown key"),

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from seedling.data.contexts.sidecar import (
+    UtteranceContext,
+    context_shard_name,
+    write_context_index,
+    write_context_shard,
+)
+from seedling.data.index import Corpus, parse_meta
+from seedling.data.payload import PayloadReader
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
 from seedling.launch.job import run_job
@@ -32,6 +41,7 @@ WORDS = ("call", "Marc", "dim", "lamp", "stop", "six", "go", "open")
 TONES_HZ = (400.0, 900.0, 1700.0, 2900.0)
 # Every word another pair of tones.
 TONES_OF = {word: (TONES_HZ[i % 4], TONES_HZ[(i + 1 + i // 4) % 4]) for i, word in enumerate(WORDS)}
+TONES_OF["Mark"] = TONES_OF["Marc"]  # no other word of the language sounds like another; the sentences have none of it
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
     "PYTHONSAFEPATH": "1",
@@ -85,6 +95,12 @@ PRETRAIN = {
     "cmvn_batches": 2,
     "train": SFT["train"] | {"lr": {"encoder": 1e-2, "heads": 1e-2}},
 }
+CONTEXT_SFT = {
+    "encoder": {"dropout": 0.1},
+    "ctc_weight": 0.5,
+    "context": {"share": 0.5, "max_tokens": 200},
+    "train": SFT["train"],
+}
 # To learn a corpus by heart: nothing random in the way, and a third of it in every step.
 BY_HEART = (
     "encoder.dropout=0",
@@ -129,6 +145,20 @@ def make_shards(folder: Path, texts: list[str]) -> Path:
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare(manifest, folder / "shards", shard_seconds=12)
     return folder / "shards"
+
+
+def make_contexts(folder: Path, shards: Path, contexts_of: Callable[[str], list[UtteranceContext]]) -> Path:
+    """Write a sidecar with contexts_of(text) for every utterance, as `seedling contextualize` would."""
+    folder.mkdir(parents=True)
+    corpus, reader = Corpus.open(shards), PayloadReader()
+    names = [context_shard_name(number, path) for number, path in enumerate(corpus.shards)]
+    for number, (name, path) in enumerate(zip(names, corpus.shards)):
+        payloads = (reader.read(path, offset=at["meta_offset"], size=at["meta_size"]) for at in corpus.index(number))
+        texts = [parse_meta(payload, is_json=True)["text"] for payload in payloads]
+        contexts = {row: contexts_of(text) for row, text in enumerate(texts)}
+        write_context_shard(folder, name, shard=path, contexts=contexts)
+    write_context_index(folder, names, shards=corpus.shards)
+    return folder
 
 
 def write_yaml(path: Path, values: dict) -> Path:

@@ -71,6 +71,10 @@ class ToyBatch:
         return len(self.keys)
 
     @property
+    def utterances(self) -> int:
+        return len(self)
+
+    @property
     def seconds(self) -> float:
         return float(self.mask_BT.sum())
 
