@@ -25,7 +25,7 @@ from .answers import AnswerCache, Writer, ask, context_request, open_cache
 from .compose import Composer, Draft
 from .config import ContextsConfig
 from .corpus import ContextError, CorpusFacts, gather_facts, read_shard
-from .names import NamePool
+from .names import NamePools
 from .sidecar import (
     UtteranceContext,
     context_shard_name,
@@ -113,9 +113,9 @@ def _write_all(todo: list[ShardTask], make_writer: Callable[[], Writer] | None, 
 
 def write_shard(task: ShardTask, *, writer: Writer | None = None, cache: AnswerCache | None = None) -> None:
     """Write the contexts of a shard, then the note of what was counted."""
-    facts, pool = _facts_and_pool(task.out / NOTES / "facts.json")
+    facts, pools = _facts_and_pools(task.out / NOTES / "facts.json")
     texts = read_shard(task.shard, lang=facts.lang)
-    composer = Composer(task.cfg, facts, texts.said, pool=pool)
+    composer = Composer(task.cfg, facts, texts.said, pools=pools)
     drafts = [
         composer.draft(number, variant) for number in range(len(texts.said)) for variant in range(task.cfg.variants)
     ]
@@ -162,12 +162,12 @@ def _request(draft: Draft, *, attempt: int, cfg: ContextsConfig):
 
 
 @lru_cache(maxsize=1)
-def _read_facts(path: Path, _mtime_ns: int) -> tuple[CorpusFacts, NamePool]:
+def _read_facts(path: Path, _mtime_ns: int) -> tuple[CorpusFacts, NamePools]:
     facts = CorpusFacts.load(path)
-    return facts, NamePool(facts.names, weights=facts.weights, groups=facts.groups, lang=facts.lang)
+    return facts, NamePools(facts.names, groups=facts.groups)
 
 
-def _facts_and_pool(path: Path) -> tuple[CorpusFacts, NamePool]:
+def _facts_and_pools(path: Path) -> tuple[CorpusFacts, NamePools]:
     """The facts and the names by sound, once a process."""
     return _read_facts(path, path.stat().st_mtime_ns)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -19,6 +19,23 @@ from .text import contains, content_words, words_of
 
 MIN_NEAREST = 32  # nearest names that are looked at for a keyword
 TRIES = 20  # draws per wanted name before all names are gone through
+
+
+class NamePools:
+    """A pool for each language that has names enough, made when it is asked for; the others draw on all names."""
+
+    def __init__(self, names: Mapping[str, Mapping[str, int]], *, groups: Iterable[Sequence[str]] = ()):
+        self._names, self._groups = names, groups
+        self._pools: dict[str, NamePool] = {}
+
+    def of(self, lang: str) -> NamePool:
+        """Return the pool for utterances of a language."""
+        lang = lang if lang in self._names else ""
+        if lang not in self._pools:
+            names = self._names[lang]
+            weights = list(names.values())
+            self._pools[lang] = NamePool(list(names), weights=weights, groups=self._groups, lang=lang)
+        return self._pools[lang]
 
 
 class NamePool:
