@@ -28,6 +28,7 @@ COMMANDS = [
     "run",
     "pipeline",
     "evaluate",
+    "tune-decoding",
     "transcribe",
     "inspect",
 ]
