@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.audio_sets import heldout
 from ..data.batches import PlannedBatches
+from ..data.concat import ConcatConfig
 from ..data.contexts.sidecar import Contexts, UtteranceContext
 from ..data.index import Corpus
 from ..data.loader import AudioBatch, utterance_key
@@ -32,10 +33,13 @@ from ..data.scoring import (
     write_report,
 )
 from ..data.scoring.report import read_metrics
+from ..data.windows import require_window
 from ..model.audio_llm import AudioLLM, acllm_facts
 from ..model.decoding import DecodeConfig
+from .recogniser.listening import hear
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import StageConfig
+from .runtime.meters import peak_memory_gb, reset_peak_memory
 from .runtime.schema import all_optional, given_values
 from .runtime.train_config import PRECISIONS, require_choice
 from .runtime.world import World, init_world
@@ -61,6 +65,8 @@ class EvaluateConfig(StageConfig):
     # its neighbour in the batch (its own backwards where it is alone in one). A model whose error rate is no worse on
     # the last two is not listening.
     audio: str = "own"
+    concat: ConcatConfig = field(default_factory=ConcatConfig)  # decode utterances joined to long ones
+    window_seconds: float = 0.0  # decode window by window (data/windows.py); 0: each utterance as a whole
     batch_seconds: float = 120.0
     precision: str = "fp32"
     learning_curves: dict[str, str] = field(default_factory=dict)  # stage -> its run folder, for the report
@@ -69,6 +75,12 @@ class EvaluateConfig(StageConfig):
     def __post_init__(self):
         require_choice("audio", self.audio, AUDIO)
         require_choice("precision", self.precision, PRECISIONS)
+        require_window(self.window_seconds)
+        if self.concat.share and self.contexts:
+            raise ValueError(
+                f"concat.share is {self.concat.share} and there are contexts, which belong to single utterances; set "
+                "concat.share=0 or leave out the contexts"
+            )
         for name in self.contexts:
             if name == NONE or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 raise ValueError(
@@ -110,6 +122,7 @@ class Evaluate:
             micro_batch_seconds=cfg.batch_seconds,
             micro_batches=world.size,
             sample_rate=model.fbank.cfg.sample_rate,
+            concat=cfg.concat,
         )
         summary = planned.plan.summary(0)
         if summary.num_refused and world.is_main:
@@ -146,21 +159,30 @@ class Evaluate:
         ]
         for condition, contexts in ({NONE: [NO_CONTEXT] * len(batch)} | given).items():
             started = time.perf_counter()
-            contexts_ids = model.processor.context_ids([context.text or None for context in contexts])
-            nbests = model.transcribe_ids(waveforms_BN, lengths_B, contexts_ids=contexts_ids, config=decode)
-            rtf = (time.perf_counter() - started) / batch.seconds
-            for i, nbest in enumerate(nbests):
-                texts = tuple(model.processor.decode(hypothesis.ids) for hypothesis in nbest)
+            reset_peak_memory()
+            heard = hear(
+                model,
+                waveforms_BN,
+                lengths_B,
+                contexts_ids=model.processor.context_ids([context.text or None for context in contexts]),
+                languages=[None] * len(batch),
+                config=decode,
+                window_seconds=cfg.window_seconds,
+                batch_seconds=cfg.batch_seconds,
+            )
+            rtf, memory_gb = (time.perf_counter() - started) / batch.seconds, peak_memory_gb()
+            for i, (nbest, _) in enumerate(heard):
                 yield (
                     condition,
                     ScoredUtterance(
                         id=batch.keys[i],
                         reference=batch.texts[i],
-                        hypothesis=texts[0],
+                        hypothesis=nbest[0][0],
                         seconds=seconds[i],
-                        nbest=texts,
-                        scores=tuple(hypothesis.score for hypothesis in nbest),
+                        nbest=tuple(text for text, _ in nbest),
+                        scores=tuple(score for _, score in nbest),
                         rtf=rtf,
+                        memory_gb=memory_gb,
                         lang=batch.meta[i].get("lang") or "",
                         keywords=keywords[i],
                         phrases=contexts[i].phrases,
@@ -192,7 +214,13 @@ class Evaluate:
             title=f"{acllm.path.parent.name} on {Path(cfg.data).name}",
             conditions=scores,
             runs={name: read_metrics(Path(run) / "metrics.jsonl") for name, run in cfg.learning_curves.items()},
-            details={"model": acllm.hash, "data": cfg.data, "contexts": cfg.contexts, **asdict(decode)},
+            details={
+                "model": acllm.hash,
+                "data": cfg.data,
+                "contexts": cfg.contexts,
+                "window_seconds": cfg.window_seconds,
+                **asdict(decode),
+            },
             audio=_AudioClips(cfg.data),
             worst=cfg.worst,
         )
