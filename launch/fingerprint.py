@@ -1,8 +1,8 @@
 """One hash for what a step reads: an artifact, a prepared corpus, a file or a folder.
 
-An artifact is its manifest (which holds the hashes of its files) and a corpus is its indexes, so both cost
-milliseconds; a plain folder, such as a downloaded LLM, is its file names, sizes and times. The audio that a manifest
-names may lie anywhere: it is its sizes and times too, 16 s for a million files.
+An artifact is its manifest and a context sidecar its contexts.json (which hold the hashes of their files), a corpus is
+its indexes, so all of them cost milliseconds; a plain folder, such as a downloaded LLM, is its file names, sizes and
+times. The audio that a manifest names may lie anywhere: it is its sizes and times too, 16 s for a million files.
 """
 
 import glob
@@ -22,9 +22,9 @@ def fingerprint(path: str | Path) -> str:
         return _of_file(path)
     if not path.is_dir():
         return "absent"
-    manifest = path / "manifest.json"
-    if manifest.is_file():
-        return _of_file(manifest)
+    for listing in ("manifest.json", "contexts.json"):  # of an artifact, of a context sidecar
+        if (path / listing).is_file():
+            return _of_file(path / listing)
     indexes = sorted(path.rglob("*.index.npy"))
     digest = hashlib.sha256()
     for file in indexes or sorted(path.rglob("*")):

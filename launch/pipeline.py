@@ -100,13 +100,14 @@ def digest(step: Step) -> str:
 
 
 def metrics_of(step: Step) -> dict[str, Any]:
-    """Return the metrics in a stage's manifest, or the totals of a prepared corpus; {} for other outputs."""
+    """Return the metrics in a stage's manifest, or the totals of a corpus or of contexts; {} for other outputs."""
     if step.output is None:
         return {}
     metrics = _read_json(step.output / "manifest.json").get("metrics")
     if metrics is None:
         corpus = _read_json(step.output / "corpus.json")
         metrics = {"utterances": corpus["utterances"], "hours": corpus["seconds"] / 3600} if corpus else {}
+        metrics |= _read_json(step.output / "contexts.json").get("counts", {})
     on_valid = [value for key, value in metrics.items() if key.startswith("valid/") and key.endswith("/wer")]
     if len(on_valid) == 1:  # the one word error rate of a training stage, under the name that every stage uses
         metrics = {"wer": on_valid[0], **metrics}

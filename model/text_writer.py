@@ -35,7 +35,8 @@ class TextWriter:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"llm.dtype = {dtype}: choose auto, float32, bfloat16 or float16")
-        self.llm = load_llm(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype)).to(chosen)
+        self.llm = load_llm(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+        self.llm.to(torch.device(chosen))  # pyright: ignore[reportArgumentType]
         self.tokenizer = load_tokenizer(path)
         self.max_positions = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
 
@@ -48,7 +49,7 @@ class TextWriter:
         ids_BT, mask_BT = self._left_padded(prompts)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(seed)
-        written_BT = self.llm.generate(
+        written_BT = self.llm.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=max_new_tokens,
@@ -61,6 +62,7 @@ class TextWriter:
         if self.tokenizer.chat_template:
             messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert isinstance(text, str), "one conversation that is not tokenised"
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         else:
             ids = self.tokenizer(f"{question.system}\n{question.user}\n").input_ids
@@ -73,10 +75,10 @@ class TextWriter:
 
     @property
     def _pad(self) -> int:
-        pad = special_id(self.tokenizer, "pad")
+        """The end token, which no mask lets through: a tokenizer's own padding may lie beyond the LM's table."""
         eos = special_id(self.tokenizer, "eos")
         assert eos is not None, "load_tokenizer wants an end token"
-        return eos if pad is None else pad
+        return eos
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))
@@ -86,8 +88,9 @@ class TextWriter:
 
     def _text(self, written_T: Tensor, prompt_tokens: int) -> WrittenText:
         ids = written_T.tolist()
-        ends = self.llm.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends, self.tokenizer.eos_token_id}
+        ends = self.llm.generation_config.eos_token_id if self.llm.generation_config else None
+        ends = {self._pad, *(ends if isinstance(ends, list) else [ends])}
         length = next((number for number, token in enumerate(ids) if token in ends), len(ids))
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        assert isinstance(text, str), "one text is decoded to one text"
         return WrittenText(text, prompt_tokens, length)

@@ -38,6 +38,7 @@ from .templates import SENTENCES
 FORMAT = 1  # raised when the same settings would give other contexts
 NOTES = ".contextualize"
 NOT_SETTINGS = ("jobs", "cache")  # change nothing of what is written
+WRITER_SETTINGS = {"endpoint": ("model", "parameters"), "llm": ("path", "max_new_tokens", "temperature", "top_p")}
 
 
 @dataclass
@@ -188,9 +189,13 @@ def _only_one(out: Path) -> Iterator[None]:
 
 
 def _settings(cfg: ContextsConfig) -> dict:
-    """Return what decides the contexts; of the writers, the one that writes."""
+    """Return what decides the contexts: of a language model what is asked, not where, how fast or how often."""
     kept = {name: value for name, value in asdict(cfg).items() if name not in NOT_SETTINGS}
-    return {name: value for name, value in kept.items() if name not in ("endpoint", "llm") or name == cfg.writer}
+    for writer, names in WRITER_SETTINGS.items():
+        asked = kept.pop(writer)
+        if cfg.writer == writer:
+            kept[writer] = {name: asked[name] for name in names}
+    return kept
 
 
 def _claim(out: Path, cfg: ContextsConfig, facts: CorpusFacts) -> str:

@@ -132,7 +132,9 @@ def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFac
     common = None
     if cfg.keywords == "rare" or (cfg.keywords == "auto" and not names):
         words = sum((one.words for one in ordered), Counter())
-        common = _common_words(_words_in(cfg.word_counts) or words, cfg.rare_share)
+        counted = _words_in(cfg.word_counts) or words
+        common = _common_words(counted, cfg.rare_share)
+        words = words | counted  # a rare word of either is a distractor
         names = Counter({word: words[word] for word in set(words) - set(common) if not _has_digit(word)})
     if cfg.distractors:
         names = Counter(dict.fromkeys(read_names(cfg.distractors), 1))

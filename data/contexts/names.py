@@ -41,9 +41,9 @@ class NamePool:
         self._members: dict[str, list[str]] = defaultdict(list)
         for word, head in self.heads.items():
             self._members[head].append(word)
-        self.sounds = lru_cache(maxsize=50_000)(self._sounds_of)  # sound keys of the words of a text
+        self.sounds = lru_cache(maxsize=1 << 12)(self._sounds_of)  # sound keys of the words of a text
         self.whole_sound = lru_cache(maxsize=50_000)(self._whole_sound_of)  # `new ark` in one, so that it is `newark`
-        self._confusable = lru_cache(maxsize=50_000)(self._confusable_with)
+        self._confusable = lru_cache(maxsize=1 << 12)(self._confusable_with)
         self._plain = [plain_letters(name) for name in self.names]
         self._whole: dict[str, list[int]] = defaultdict(list)
         self._by_sound: dict[str, list[int]] = defaultdict(list)
@@ -56,7 +56,7 @@ class NamePool:
         for words in map(str.split, self._by_words):
             self._longest[words[0]] = max(self._longest[words[0]], len(words))
         self._sounds = SoundPool(self.names, lang=lang)
-        self._nearest = lru_cache(maxsize=50_000)(self._find_nearest)
+        self._nearest = lru_cache(maxsize=1 << 13)(self._find_nearest)
 
     def _sounds_of(self, text: str) -> frozenset[str]:
         return frozenset(sound_key(word, lang=self.lang) for word in words_of(spoken_words(text, groups=self.heads)))

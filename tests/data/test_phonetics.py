@@ -81,3 +81,14 @@ def test_the_distances_of_a_pool_are_those_of_its_names():
         assert np.allclose(pool.distances(word), [sound_distance(name, word) for name in NAMES], atol=1e-6)
     order = [pool.names[i] for i in np.argsort(pool.distances("martin"))]
     assert order[0] == "martinez" and order.index("mark" if "mark" in order else "marc") < order.index("dublin")
+
+
+def test_the_nearest_of_many_are_the_nearest_of_all():
+    rng = random.Random(4)
+    syllables = [a + b for a in "bcdfghjklmnprst" for b in "aeiou"]
+    pool = SoundPool(sorted({"".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(5000)}))
+    for word in rng.sample(pool.names, 10):
+        distances = pool.distances(word)
+        found = pool.nearest(word, 20)
+        assert pool.names[found[0]] == word and np.all(np.diff(distances[found]) >= 0)
+        assert distances[found[-1]] <= np.sort(distances)[40]

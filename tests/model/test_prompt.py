@@ -80,7 +80,7 @@ def test_the_order_of_texts_and_configs_does_not_matter(tokenizer):
 
 def test_an_end_token_that_texts_may_contain_is_refused(tokenizer):
     tokenizer.add_tokens([AddedToken("stop", special=False)])
-    with pytest.raises(ValueError, match="'stop'.* is a token that a transcript may contain"):
+    with pytest.raises(ValueError, match=r"'stop'.* is a token that a transcript may contain"):
         PromptTokens.of(PromptConfig(end_token="stop"), tokenizer=tokenizer)
 
 

@@ -137,6 +137,33 @@ def test_a_context_reaches_the_model_and_an_empty_one_is_none(recogniser, known)
     assert [t.score for t in one_each] == pytest.approx([scores[0], scores[2]], abs=1e-3)
 
 
+def test_keywords_are_the_list_that_a_context_would_be(recogniser, known):
+    wave = known[0][1]
+    (listed,) = recogniser.transcribe(wave, keywords=["Marc ", "", "Mark\n Miller", "Marc"])
+    assert listed == recogniser.transcribe(wave, "Marc, Mark Miller")[0]
+    for given, said in (
+        ({"context": "x", "keywords": ["y"]}, "context and keywords are both given"),
+        ({"keywords": []}, "no word in it"),
+        ({"keywords": [" "]}, "no word in it"),
+        ({"keywords": "Marc"}, "keywords is one text, 'Marc'"),
+        ({"language": "en"}, r"language is 'en'; the languages of this recogniser are none"),
+        ({"language": ["en", None]}, "1 pieces of audio and 2 languages"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recogniser.transcribe(wave, **given)
+
+
+def test_the_search_with_a_context_can_be_chosen(recogniser, known):
+    wave, lists = known[0][1], "Marc, lamp"
+    plain, joint, deaf = (
+        recogniser.transcribe(wave, lists, context_search=search, context_alpha=alpha)[0]
+        for search, alpha in (("plain", None), ("joint", 1.0), ("joint", 0.0))
+    )
+    without = recogniser.transcribe(wave)[0]
+    assert deaf.text == without.text and deaf.score == pytest.approx(without.score, abs=1e-3)
+    assert len({round(found.score, 3) for found in (plain, joint, without)}) == 3
+
+
 def test_questions_that_make_no_sense_are_refused_by_name(recogniser, tmp_path):
     with pytest.raises(ValueError, match="2 pieces of audio and 1 contexts"):
         recogniser.transcribe([np.ones(9), np.ones(9)], ["x"])
@@ -193,6 +220,65 @@ def test_the_command_takes_patterns_limits_and_json(sft_run, known, tmp_path, ca
     assert main(["transcribe", str(sft_run), f"{tmp_path}/*.wav", "--limit", "3", "--json", "--beam-size", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(lines) == 3 and [line["text"] for line in lines] == [text for text, _ in known[:3]]
+
+
+def test_the_command_takes_a_context_as_text_as_file_and_as_keywords(sft_run, known, tmp_path, capsys):
+    wave = write(tmp_path / "a.wav", known[0][1])
+    (tmp_path / "names.txt").write_text("\ufeffMarc, lamp\n", encoding="utf-8")
+    found = []
+    for given in (
+        [],
+        ["--context", "Marc, lamp"],
+        ["--context-file", f"{tmp_path}/names.txt"],
+        ["--keywords", "Marc，lamp;"],
+    ):
+        assert main(["transcribe", str(sft_run), str(wave), "--json", *given, "--context-search", "plain"]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["score"])
+    assert found[0] != found[1] == found[2] == found[3]
+
+
+def test_the_command_on_a_context_of_ten_thousand_words_says_once_what_it_kept(
+    sft_run, known, tmp_path, capsys, caplog
+):
+    for i, (_, wave) in enumerate(known[:10]):  # more than are transcribed at a time
+        write(tmp_path / f"{i}.wav", wave)
+    (tmp_path / "long.txt").write_text(" ".join(f"word{i}" for i in range(10_000)))
+    given = ["--context-file", f"{tmp_path}/long.txt"]
+    assert main(["transcribe", str(sft_run), f"{tmp_path}/*.wav", *given]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    (warning,) = [record.getMessage() for record in caplog.records if "the context has" in record.getMessage()]
+    assert "tokens and this recogniser takes" in warning and "kept the first" in warning
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--context-file", "missing.txt"], "missing.txt: No such file"),
+        (["--context-file", "."], "directory"),
+        (["--context-file", "empty.txt"], "empty.txt: the context file is empty"),
+        (["--context-file", "latin.txt"], "latin.txt: byte 1 is not UTF-8"),
+        (["--keywords", " ,，"], "has no word in it"),
+        (["--context", "bad\udcff"], "no text"),
+        (["--language", "en"], "the languages of this recogniser are none"),
+        (["--context", "a", "--keywords", "b"], "not allowed with argument"),
+        (["--context-search", "other"], "invalid choice: 'other'"),
+        (["--context-alpha", "-1"], "decode.context_alpha (-1.0) must be 0 or more"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong_with_a_context(
+    sft_run, known, tmp_path, capsys, monkeypatch, given, said
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.wav", known[0][1])
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Zoé".encode("latin-1")[1:])
+    try:
+        code = main(["transcribe", str(sft_run), "a.wav", *given])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedling: error:")]
+    assert len(errors) == 1 and said in errors[0], errors
 
 
 def test_the_command_on_a_folder_that_is_no_recogniser_is_one_line_and_exit_2(lm_run, tmp_path, capsys):

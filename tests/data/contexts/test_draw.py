@@ -136,7 +136,7 @@ def test_a_share_that_is_none_is_refused(config, said):
 
 
 def test_there_must_be_a_sidecar_for_each_corpus(sidecar, shards):
-    with pytest.raises(ValueError, match="2 corpora .* and 1 folders of contexts"):
+    with pytest.raises(ValueError, match=r"2 corpora .* and 1 folders of contexts"):
         DrawnContexts.open([sidecar], corpora=[str(shards), "more"], cfg=ContextConfig())
 
 
