@@ -59,7 +59,9 @@ class Evaluate:
                 (condition, utterance)
                 for batch in given_batches(cfg, model, world, contexts=cfg.contexts)
                 for condition in batch.contexts
-                for utterance in decoded(model, batch, condition, decode, hears=cfg.audio)
+                for utterance in decoded(
+                    model, batch, condition, decode, hears=cfg.audio, window_seconds=cfg.window_seconds
+                )
             ]
         )
         problem = self._report(cfg, shares, writer, acllm=acllm, decode=decode) if world.is_main else ""
@@ -91,7 +93,13 @@ class Evaluate:
             title=f"{acllm.path.parent.name} on {Path(cfg.data).name}",
             conditions=scores,
             runs={name: read_metrics(Path(run) / "metrics.jsonl") for name, run in cfg.learning_curves.items()},
-            details={"model": acllm.hash, "data": cfg.data, "contexts": cfg.contexts, **asdict(decode)},
+            details={
+                "model": acllm.hash,
+                "data": cfg.data,
+                "contexts": cfg.contexts,
+                "window_seconds": cfg.window_seconds,
+                **asdict(decode),
+            },
             audio=AudioClips(cfg.data),
             worst=cfg.worst,
         )

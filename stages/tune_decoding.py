@@ -79,11 +79,11 @@ class TuneDecoding:
         self, cfg: TuneDecodingConfig, model: AudioLLM, world: World, tried: list[DecodeConfig]
     ) -> Iterator[Decoded]:
         for batch in given_batches(cfg, model, world, contexts={RIGHT: cfg.right, WRONG: cfg.wrong}):
-            for utterance in decoded(model, batch, NONE, tried[0]):
+            for utterance in decoded(model, batch, NONE, tried[0], window_seconds=cfg.window_seconds):
                 yield -1, NONE, utterance
             for number, settings in enumerate(tried):
                 for condition in (RIGHT, WRONG):
-                    for utterance in decoded(model, batch, condition, settings):
+                    for utterance in decoded(model, batch, condition, settings, window_seconds=cfg.window_seconds):
                         yield number, condition, utterance
 
     def _trials(self, cfg: TuneDecodingConfig, everything: list[Decoded]) -> list[Trial]:

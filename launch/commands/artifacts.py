@@ -52,6 +52,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     transcribe_.add_argument("--beam-size", type=int, help="1 is greedy (default: the recogniser's own)")
     transcribe_.add_argument("--ctc-weight", type=float, help="share of the CTC head (default: the recogniser's own)")
+    transcribe_.add_argument(
+        "--window-seconds", type=float, default=0.0, help="decode longer audio window by window (default: all at once)"
+    )
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
@@ -118,6 +121,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
         "ctc_weight": arguments.ctc_weight,
         "context_search": arguments.context_search,
         "context_alpha": arguments.context_alpha,
+        "window_seconds": arguments.window_seconds,
     }
     recogniser = load(artifact_folder(arguments.artifact))
     failed = 0

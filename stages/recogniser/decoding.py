@@ -12,17 +12,21 @@ from torch import Tensor
 
 from ...data.audio_sets import heldout
 from ...data.batches import PlannedBatches
+from ...data.concat import ConcatConfig
 from ...data.contexts.sidecar import Contexts, UtteranceContext
 from ...data.loader import AudioBatch, utterance_key
 from ...data.plan import MicroBatch, PlanLimits
 from ...data.scoring import NONE, ScoredUtterance, get_normalizer, keywords_of
+from ...data.windows import require_window
 from ...model.audio_llm import AudioLLM, acllm_facts
 from ...model.decoding import DecodeConfig
 from ..runtime.artifacts import Artifact
 from ..runtime.config import StageConfig
+from ..runtime.meters import peak_memory_gb, reset_peak_memory
 from ..runtime.schema import all_optional, given_values
 from ..runtime.train_config import PRECISIONS, require_choice
 from ..runtime.world import World
+from .listening import hear
 
 AUDIO = ("own", "silence", "other")
 NO_CONTEXT = UtteranceContext("empty", "")
@@ -40,9 +44,12 @@ class DecodingConfig(StageConfig):
     equivalences: str = ""  # JSON file: groups of words that sound alike, counted as one in a second rate
     batch_seconds: float = 120.0
     precision: str = "fp32"
+    concat: ConcatConfig = field(default_factory=ConcatConfig)  # decode utterances joined to long ones
+    window_seconds: float = 0.0  # decode window by window (data/windows.py); 0: each utterance as a whole
 
     def __post_init__(self):
         require_choice("precision", self.precision, PRECISIONS)
+        require_window(self.window_seconds)
 
 
 class GivenBatch(NamedTuple):
@@ -76,12 +83,18 @@ def given_batches(
     cfg: DecodingConfig, model: AudioLLM, world: World, *, contexts: Mapping[str, str]
 ) -> Iterator[GivenBatch]:
     """Yield this rank's share of the corpus. `contexts` are folders by condition."""
+    if cfg.concat.share and contexts:
+        raise ValueError(
+            f"concat.share is {cfg.concat.share} and there are contexts, which belong to single utterances; set "
+            "concat.share=0 or leave out the contexts"
+        )
     planned = heldout(
         cfg.data,
         PlanLimits(),
         micro_batch_seconds=cfg.batch_seconds,
         micro_batches=world.size,
         sample_rate=model.fbank.cfg.sample_rate,
+        concat=cfg.concat,
     )
     summary = planned.plan.summary(0)
     if summary.num_refused and world.is_main:
@@ -115,27 +128,39 @@ def given_batches(
 
 
 def decoded(
-    model: AudioLLM, batch: GivenBatch, condition: str, decode: DecodeConfig, *, hears: str = "own"
+    model: AudioLLM,
+    batch: GivenBatch,
+    condition: str,
+    decode: DecodeConfig,
+    *,
+    hears: str = "own",
+    window_seconds: float = 0.0,
 ) -> Iterator[ScoredUtterance]:
     """Yield the utterances of a batch, decoded under one condition; `hears` is one of AUDIO."""
     audio, contexts = batch.audio, batch.contexts[condition]
     waveforms_BN, lengths_B = _heard(hears, audio)
     seconds = (audio.lengths_B / model.fbank.cfg.sample_rate).tolist()
     started = time.perf_counter()
-    contexts_ids = model.processor.context_ids([context.text or None for context in contexts])
-    nbests = model.transcribe_ids(
-        waveforms_BN, lengths_B, contexts_ids=contexts_ids, languages=batch.languages, config=decode
+    reset_peak_memory()
+    heard = hear(
+        model,
+        waveforms_BN,
+        lengths_B,
+        contexts_ids=model.processor.context_ids([context.text or None for context in contexts]),
+        languages=batch.languages,
+        config=decode,
+        window_seconds=window_seconds,
     )
-    rtf = (time.perf_counter() - started) / audio.seconds
-    for i, nbest in enumerate(nbests):
-        texts = tuple(model.processor.decode(hypothesis.ids) for hypothesis in nbest)
+    rtf, memory_gb = (time.perf_counter() - started) / audio.seconds, peak_memory_gb()
+    for i, (nbest, _) in enumerate(heard):
         yield ScoredUtterance(
             id=audio.keys[i],
             reference=audio.texts[i],
-            hypothesis=texts[0],
+            hypothesis=nbest[0][0],
             seconds=seconds[i],
-            nbest=texts,
-            scores=tuple(hypothesis.score for hypothesis in nbest),
+            nbest=tuple(text for text, _ in nbest),
+            scores=tuple(score for _, score in nbest),
+            memory_gb=memory_gb,
             rtf=rtf,
             lang=audio.meta[i].get("lang") or "",
             keywords=batch.keywords[i],
