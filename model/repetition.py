@@ -16,7 +16,7 @@ Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,8 @@ class RepetitionConfig:
     unclear_share: float = 0.3  # of the repetitions without a context that have unclear spans all the same
     unclear: float = 0.45  # the most of a sentence's tokens, as a fraction, that unclear spans begin at
     max_distractors: int = 5  # spans of other sentences in a context, 1 to this
+    # Tokens of a span, drawn from these: most names are one token, in a vocabulary that knows them.
+    span_lengths: list[int] = field(default_factory=lambda: [2, 1, 1, 1])
 
     def __post_init__(self):
         for name in (
@@ -56,6 +58,8 @@ class RepetitionConfig:
                 raise ValueError(f"repetition.{name} is {getattr(self, name)}; it must be in 0 to 1")
         if self.max_distractors < 1:
             raise ValueError(f"repetition.max_distractors is {self.max_distractors}; it must be at least 1")
+        if not self.span_lengths or min(self.span_lengths) < 1:
+            raise ValueError(f"repetition.span_lengths is {self.span_lengths}; give lengths of at least 1, as [2, 1]")
         if self.max_hold < 1 or self.max_blanks < 0:
             raise ValueError(
                 f"repetition.max_hold ({self.max_hold}) must be at least 1, max_blanks ({self.max_blanks}) at least 0"
@@ -132,19 +136,18 @@ class ContextDraw:
             return []
         count = max(1, round(len(sentence) * self.cfg.unclear * float(torch.rand(()))))
         starts = [_below(len(sentence)) for _ in range(count)]
-        return [(start, start + _span_length()) for start in starts]
+        return [(start, start + self._span_length()) for start in starts]
 
     def _span_of(self, sentence: list[int]) -> list[int]:
         start = _below(max(1, len(sentence)))
-        return sentence[start : start + _span_length()]
+        return sentence[start : start + self._span_length()]
+
+    def _span_length(self) -> int:
+        return self.cfg.span_lengths[_below(len(self.cfg.span_lengths))]
 
 
 def _below(n: int) -> int:
     return int(torch.randint(n, ()))
-
-
-def _span_length() -> int:
-    return 1 if _below(4) else 2  # most names are one token, in a vocabulary that knows them
 
 
 class RepeatingLM(nn.Module):

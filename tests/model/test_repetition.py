@@ -117,6 +117,8 @@ def test_gradients_reach_the_embeddings_of_what_is_heard(embeddings):
         ({"drop": -0.1}, "repetition.drop is -0.1"),
         ({"max_hold": 0}, r"repetition.max_hold \(0\)"),
         ({"max_blanks": -1}, r"max_blanks \(-1\)"),
+        ({"span_lengths": []}, r"span_lengths is \[\]"),
+        ({"span_lengths": [1, 0]}, r"span_lengths is \[1, 0\]"),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting, said):
@@ -145,6 +147,16 @@ def test_a_context_lists_every_unclear_span_among_spans_of_other_sentences():
         assert foreign and set(context_ids) <= {4, *sentence, *other} and 4 not in (context_ids[0], context_ids[-1])
         places.add(context_ids.index(foreign[0]) == 0)
     assert places == {True, False}, "where the sentence's own spans stand must not give them away"
+
+
+def test_spans_are_as_long_as_asked_for():
+    sentence, other = list(range(10, 30)), list(range(40, 60))
+    found = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        context_ids, _ = drawn(sentence, [other], is_unclear=False, max_distractors=1, span_lengths=[3, 5])
+        found.add(len(context_ids))
+    assert {3, 5} <= found <= {1, 2, 3, 4, 5}, "a span is shorter only at the end of its sentence"
 
 
 def test_without_a_context_words_can_be_unclear_and_with_one_need_not_be():
