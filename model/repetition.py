@@ -43,7 +43,6 @@ class RepetitionConfig:
     context_share: float = 0.6  # of the repetitions that have a context in their prompt
     unclear_share: float = 0.3  # of the repetitions without a context that have unclear spans all the same
     unclear: float = 0.45  # the most of a sentence's tokens, as a fraction, that unclear spans begin at
-    alike_share: float = 0.2  # of random tokens, drawn from those that have sound-alikes, where there are any
     max_distractors: int = 5  # spans of other sentences in a context, 1 to this
     # Tokens of a span, drawn from these: most names are one token, in a vocabulary that knows them.
     span_lengths: list[int] = field(default_factory=lambda: [2, 1, 1, 1])
@@ -58,7 +57,6 @@ class RepetitionConfig:
             "context_share",
             "unclear_share",
             "unclear",
-            "alike_share",
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"repetition.{name} is {getattr(self, name)}; it must be in 0 to 1")
@@ -79,16 +77,6 @@ class PseudoSpeech:
         self.cfg, self.ordinary_tokens, self.alike = cfg, ordinary_tokens, alike or {}
 
     def random_tokens(self, count: int) -> Tensor:
-        """Return tokens to be repeated that nothing but listening, or a context, can predict."""
-        tokens_N = self.any_tokens(count)
-        if self.alike:
-            # Sound-alikes are rare in sentences, and it takes many of them to learn that a context tells them apart.
-            alike = torch.tensor(list(self.alike), device="cpu")
-            some_N = alike[torch.randint(len(alike), (count,))]
-            tokens_N = torch.where(torch.rand(count) < self.cfg.alike_share, some_N, tokens_N)
-        return tokens_N
-
-    def any_tokens(self, count: int) -> Tensor:
         return self.ordinary_tokens[torch.randint(len(self.ordinary_tokens), (count,))]
 
     def __call__(self, tokens: list[int], embeddings: nn.Embedding, unclear: Sequence[bool] = ()) -> Tensor:
@@ -106,11 +94,11 @@ class PseudoSpeech:
         if N == 0:
             return embeddings.weight.new_zeros(1, embeddings.embedding_dim)
         wrong_N = ~unclear_N & (torch.rand(N) < hardness * cfg.substitute)
-        tokens_N = torch.where(wrong_N, self.any_tokens(N), tokens_N)
+        tokens_N = torch.where(wrong_N, self.random_tokens(N), tokens_N)
         most_N = torch.where(unclear_N, 1.0, hardness * cfg.max_mix)
         mix_N1 = (torch.rand(N) * most_N)[:, None].to(device)
         mixed_NL = (1 - mix_N1) * self._sounds(tokens_N, embeddings) + mix_N1 * embeddings(
-            self.any_tokens(N).to(device)
+            self.random_tokens(N).to(device)
         )
         hold_N = torch.randint(1, longest_hold + 1, (N,))
         blanks_N = torch.randint(0, most_blanks + 1, (N,))
