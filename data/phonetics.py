@@ -47,7 +47,7 @@ class _WordsOnly(dict):
 WORDS_ONLY = _WordsOnly()
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 11)
 def plain_letters(text: str) -> str:
     """Return a text as words only: lower case, full width made half, Latin letters without marks, no punctuation."""
     if text.isascii():

@@ -11,11 +11,12 @@ nothing but listening can predict.
 The second such skill is to look an unclear word up in a context. Some spans of a sentence are unclear: mixed with other
 tokens up to being replaced by them. In part of the sequences the prompt then has a context that lists these spans among
 spans of other sentences, so that which of the listed ones was said has to be heard, and what was said has to be read.
+Words known to sound alike are heard as the mean of their embeddings, and a context lists the right one.
 
 Shape letters: B sentences, T positions, S pseudo speech positions, L LM width, V vocabulary, N target positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from transformers import PreTrainedModel
 
 from .llm import logits_at, token_embeddings
 from .prompt import PromptTokens, answer_targets, lay_out, place_speech
+
+# A token -> all tokens that sound as it does, itself among them.
+SoundAlikes = Mapping[int, Sequence[int]]
 
 
 @dataclass
@@ -69,8 +73,8 @@ class RepetitionConfig:
 class PseudoSpeech:
     """Draws pseudo speech from the CPU's random state of torch, so the trainer's seed per micro-batch fixes it."""
 
-    def __init__(self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor):
-        self.cfg, self.ordinary_tokens = cfg, ordinary_tokens
+    def __init__(self, cfg: RepetitionConfig, *, ordinary_tokens: Tensor, alike: SoundAlikes | None = None):
+        self.cfg, self.ordinary_tokens, self.alike = cfg, ordinary_tokens, alike or {}
 
     def random_tokens(self, count: int) -> Tensor:
         return self.ordinary_tokens[torch.randint(len(self.ordinary_tokens), (count,))]
@@ -93,7 +97,7 @@ class PseudoSpeech:
         tokens_N = torch.where(wrong_N, self.random_tokens(N), tokens_N)
         most_N = torch.where(unclear_N, 1.0, hardness * cfg.max_mix)
         mix_N1 = (torch.rand(N) * most_N)[:, None].to(device)
-        mixed_NL = (1 - mix_N1) * embeddings(tokens_N.to(device)) + mix_N1 * embeddings(
+        mixed_NL = (1 - mix_N1) * self._sounds(tokens_N, embeddings) + mix_N1 * embeddings(
             self.random_tokens(N).to(device)
         )
         hold_N = torch.randint(1, longest_hold + 1, (N,))
@@ -102,6 +106,16 @@ class PseudoSpeech:
         table = torch.cat([mixed_NL, mixed_NL.new_zeros(1, mixed_NL.shape[1])])
         rows = torch.stack([torch.arange(N), torch.full((N,), N)], dim=1).flatten()
         return table[rows.repeat_interleave(torch.stack([hold_N, blanks_N], dim=1).flatten()).to(device)]
+
+    def _sounds(self, tokens_N: Tensor, embeddings: nn.Embedding) -> Tensor:
+        """Return what each token sounds like: its embedding, or the mean of all that sound alike."""
+        device = embeddings.weight.device
+        sounds_NL = embeddings(tokens_N.to(device))
+        groups = {n: self.alike[token] for n, token in enumerate(tokens_N.tolist()) if token in self.alike}
+        if not groups:
+            return sounds_NL
+        means = torch.stack([embeddings(torch.tensor(group, device=device)).mean(0) for group in groups.values()])
+        return sounds_NL.index_copy(0, torch.tensor(list(groups), device=device), means)
 
 
 class Heard(NamedTuple):
@@ -114,19 +128,25 @@ class Heard(NamedTuple):
 class ContextDraw:
     """Draws contexts and unclear spans from the CPU's random state of torch, as PseudoSpeech does."""
 
-    def __init__(self, cfg: RepetitionConfig, *, separator: list[int]):
-        self.cfg, self.separator = cfg, separator
+    def __init__(self, cfg: RepetitionConfig, *, separator: list[int], alike: SoundAlikes | None = None):
+        self.cfg, self.separator, self.alike = cfg, separator, alike or {}
 
     def __call__(self, sentence: list[int], others: list[list[int]], *, has_context: bool, is_unclear: bool) -> Heard:
-        """Return what is unclear in a sentence and, with a context, a list of that and of spans of `others`."""
+        """Return what is unclear in a sentence and, with a context, a list of that and of spans of `others`.
+
+        What has sound-alikes is listed with what is unclear; a sound-alike of what is said is never listed.
+        """
         spans = self._spans(sentence) if is_unclear else []
         unclear = [any(start <= n < stop for start, stop in spans) for n in range(len(sentence))]
         if not has_context:
             return Heard(None, unclear)
         listed = [sentence[start:stop] for start, stop in spans]
+        if is_unclear:
+            listed += [[token] for token in sentence if token in self.alike]
+        confusing = {token for said in sentence for token in self.alike.get(said, ())}
         for _ in range(_below(self.cfg.max_distractors) + 1):
-            other = others[_below(len(others))]
-            listed.append(self._span_of(other))
+            span = self._span_of(others[_below(len(others))])
+            listed += [span] if confusing.isdisjoint(span) else []
         listed = [listed[i] for i in torch.randperm(len(listed)).tolist() if listed[i]]
         ids = [token for phrase in listed for token in [*self.separator, *phrase]]
         return Heard(ids[len(self.separator) :], unclear)
@@ -164,12 +184,13 @@ class RepeatingLM(nn.Module):
         ordinary: list[int],
         separator: list[int],
         cfg: RepetitionConfig,
+        alike: SoundAlikes | None = None,
     ):
         """`separator` are the ids between the phrases of a context, such as those of a comma."""
         super().__init__()
         self.llm, self.prompt_tokens, self.start, self.cfg = llm, prompt_tokens, start, cfg
-        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"))
-        self.context_draw = ContextDraw(cfg, separator=separator)
+        self.pseudo_speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ordinary, device="cpu"), alike=alike)
+        self.context_draw = ContextDraw(cfg, separator=separator, alike=alike)
 
     def forward(self, sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return nll_N of every token and end token, sentence by sentence, and heard_N: True within a repetition."""

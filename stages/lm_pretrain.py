@@ -4,6 +4,7 @@ The result is an ordinary Hugging Face folder (Llama, safetensors, tokenizer); e
 other. Besides plain sentences it learns prompted repetition (model/repetition.py), without which it would not listen.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
 from ..data.tokenizer import train_bpe
 from ..model.prompt import PromptConfig, PromptTokens, special_id, tokenize
-from ..model.repetition import RepeatingLM, RepetitionConfig
+from ..model.repetition import RepeatingLM, RepetitionConfig, SoundAlikes
 from .runtime.artifacts import ArtifactWriter
 from .runtime.config import TrainingStageConfig
 from .runtime.seeds import seed_forward
@@ -48,6 +49,8 @@ class LMPretrainConfig(TrainingStageConfig):
     lm: SmallLMConfig = field(default_factory=SmallLMConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)  # as the recogniser will be prompted
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+    # JSON file, lists of words that sound alike: told apart by a context alone. Each must be a token of the vocabulary.
+    sound_alikes: str = ""
 
 
 class LMPretrain:
@@ -89,6 +92,7 @@ class LMPretrain:
             ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
             separator=_separator(self.tokenizer),
             cfg=cfg.repetition,
+            alike=_sound_alikes(cfg.sound_alikes, self.tokenizer) if cfg.sound_alikes else None,
         )
 
     def trainable(self, parameter_name: str) -> str | None:
@@ -157,6 +161,19 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids between two phrases of a list, as contexts have them: those of `, ` where a word follows."""
     word = tokenize(tokenizer, "a")
     return tokenize(tokenizer, "a, a")[len(word) : -len(word)]
+
+
+def _sound_alikes(path: str, tokenizer: PreTrainedTokenizerBase) -> SoundAlikes:
+    """Read groups of words and return them as groups of tokens."""
+    groups = [{word: tokenize(tokenizer, word) for word in group} for group in json.loads(Path(path).read_text())]
+    for word, ids in (pair for group in groups for pair in group.items()):
+        if len(ids) != 1:
+            raise ValueError(
+                f"sound_alikes: {path}: {word!r} is {len(ids)} tokens and must be one; raise lm.vocab_size "
+                f"({len(tokenizer)}) or leave its group out"
+            )
+    tokens = [[ids[0] for ids in group.values()] for group in groups]
+    return {token: group for group in tokens for token in group}
 
 
 def _where(nll_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,25 @@ import random
 import numpy as np
 import pytest
 
-from seedling.data.demo_text import HOMOPHONES, SLOTS
+from seedling.data.demo_text import ENGLISH
 from seedling.data.phonetics import SoundPool, plain_letters, sound_distance, sound_groups, sound_key, sounds_like
 
-NAMES = [*SLOTS["distinct"], *SLOTS["city"], *SLOTS["last"], *(group[0] for group in HOMOPHONES)]
+NAMES = [
+    *ENGLISH.slots["distinct"],
+    *ENGLISH.slots["city"],
+    *ENGLISH.slots["last"],
+    *(group[0] for group in ENGLISH.homophones),
+]
 
 
 def test_the_demos_homophones_sound_alike_with_its_groups_and_mostly_without():
-    pairs = [(a, b) for group in HOMOPHONES for a in group for b in group]
-    assert all(sounds_like(a, b, groups=HOMOPHONES) for a, b in pairs)
+    pairs = [(a, b) for group in ENGLISH.homophones for a in group for b in group]
+    assert all(sounds_like(a, b, groups=ENGLISH.homophones) for a, b in pairs)
     assert sum(sounds_like(a, b) for a, b in pairs) > 0.85 * len(pairs)
 
 
 def test_names_of_different_groups_do_not_sound_alike():
-    groups = sound_groups(HOMOPHONES)
+    groups = sound_groups(ENGLISH.homophones)
     heard = [(a, b) for a in NAMES for b in NAMES if a != b and sounds_like(a, b, groups=groups)]
     assert heard == [], "these would be taken for one another"
 

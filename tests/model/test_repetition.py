@@ -177,6 +177,26 @@ def test_unclear_tokens_are_heard_as_anything_between_themselves_and_another(emb
     assert min(weights) < 0.3 and max(weights) > 4.0
 
 
+ALIKE = {11: [11, 12], 12: [11, 12]}
+
+
+def test_words_that_sound_alike_are_heard_as_their_mean(embeddings):
+    cfg = RepetitionConfig(**PLAIN, max_hold=1, max_blanks=0)
+    speech = PseudoSpeech(cfg, ordinary_tokens=torch.tensor(ORDINARY), alike=ALIKE)
+    heard_SL = speech([5, 11, 12], embeddings)
+    mean_L = (embeddings.weight[11] + embeddings.weight[12]) / 2
+    torch.testing.assert_close(heard_SL, torch.stack([embeddings.weight[5], mean_L, mean_L]))
+
+
+def test_a_context_tells_sound_alikes_apart():
+    """What is said is listed, and what sounds like it never is."""
+    draw = ContextDraw(RepetitionConfig(unclear=0.0), separator=[4], alike=ALIKE)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        listed = draw([20, 11, 21], [[12, 30, 31]], has_context=True, is_unclear=True).context_ids
+        assert listed.count(11) >= 1 and 12 not in listed, f"seed {seed}"
+
+
 # ---- the LM with its loss
 
 
