@@ -3,9 +3,9 @@
     SEEDLING_SPEECH=FOLDER python benchmarks/human_context.py --out runs/human_speech [--quick] [STEP.key=value ...]
 
 Goes on from the run of benchmarks/human_speech.py in OUT. The pipeline human_context runs in OUT/context: contexts for
-the training sets with sentences, context_sft, and each dev set decoded without a list, with lists of 20, 100 and 500
-distractors that hold the rare words that are said (`right`) or none of them (`wrong`), by joint and by plain search.
-Prints a markdown table, also written to OUT/context/table.md. What is finished is not repeated.
+the training sets with sentences, context_sft, and each dev set decoded without a list, with the rare words that are
+said among 20, 100 and 500 distractors (`right`) and with 21 rare words that are not (`wrong`), by joint and by plain
+search. Prints a markdown table, also written to OUT/context/table.md. What is finished is not repeated.
 """
 
 from __future__ import annotations

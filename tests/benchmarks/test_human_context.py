@@ -73,6 +73,5 @@ def test_every_set_is_decoded_by_both_searches_under_right_and_wrong_lists(bench
         for search in benchmark.SEARCHES:
             config = steps[f"{name}_{search}"].reads["config"]
             assert config["decode"]["context_search"] == search and config["data"].endswith(f"dev_{name}")
-            conditions = {f"{kind}_{size}" for kind in ("right", "wrong") for size in (20, 100, 500)}
-            assert {*config["contexts"]} == conditions
+            assert [*config["contexts"]] == ["right_20", "right_100", "right_500", "wrong_20"]
             assert all(folder.endswith(f"{key}_{name}") for key, folder in config["contexts"].items())
