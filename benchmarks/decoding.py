@@ -16,7 +16,7 @@ first does, and the ratio to a search without context goes to 2 and, with a long
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def joint_against_plain(llm: LlamaForCausalLM, size: str, args: argparse.Namespa
     return lines
 
 
-def whole_recogniser(args: argparse.Namespace) -> list[str]:
+def whole_recogniser(args: argparse.Namespace) -> Iterator[str]:
     """Joint against plain, waveforms to hypotheses, at the demo's shape, without and with the CTC head."""
     llm, rng = random_llm("demo"), np.random.default_rng(0)
     letters = list("etaoinshrdlu")
@@ -185,7 +185,6 @@ def whole_recogniser(args: argparse.Namespace) -> list[str]:
     speech = Speech(llm, utterances=args.utterances[0])
     lengths_B = torch.tensor([int(seconds * 16000) for seconds in speech.seconds])
     waveforms_BN = 0.1 * torch.randn(len(lengths_B), int(lengths_B.max()))
-    lines = []
     for ctc_weight in (0.0, 0.3):
         for name, tokens in CONTEXTS.items():
             contexts = [rng.integers(FIRST_WORD, 1200, size=tokens).tolist() for _ in lengths_B]
@@ -203,8 +202,7 @@ def whole_recogniser(args: argparse.Namespace) -> list[str]:
                 }
                 took = medians(runs, rounds=args.rounds)
                 what = "recogniser" + (f", CTC {ctc_weight}" if ctc_weight else "")
-                lines.append(joint_row(what, name, beams, took, utterances=len(lengths_B)))
-    return lines
+                yield joint_row(what, name, beams, took, utterances=len(lengths_B))
 
 
 def joint_row(what: str, context: str, beams: int, took: dict[str, float], *, utterances: int) -> str:
@@ -237,7 +235,8 @@ def main() -> None:
             for line in joint_against_plain(random_llm(size), size, args):
                 print(line, flush=True)
         if "demo" in args.sizes:
-            print("\n".join(whole_recogniser(args)), flush=True)
+            for line in whole_recogniser(args):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
