@@ -63,7 +63,9 @@ class DecodeConfig:
         if not 1 <= self.nbest <= self.beam_size:
             raise ValueError(f"decode.nbest ({self.nbest}) must lie within 1 and decode.beam_size ({self.beam_size})")
         if self.max_new_tokens < 0:
-            raise ValueError(f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1, or 0 for no such bound")
+            raise ValueError(
+                f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1, or 0 for no such bound"
+            )
         if not 0 <= self.ctc_weight < 1:
             raise ValueError(f"decode.ctc_weight ({self.ctc_weight}) must be at least 0 and below 1")
         if self.ctc_weight and not self.beam_size <= self.ctc_candidates <= MOST_CTC_CANDIDATES:

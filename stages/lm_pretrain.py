@@ -4,7 +4,6 @@ The result is an ordinary Hugging Face folder (Llama, safetensors, tokenizer); e
 other. Besides plain sentences it learns prompted repetition (model/repetition.py), without which it would not listen.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.batches import STAND_IN_KEY, PlannedBatches
+from ..data.phonetics import read_groups
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
 from ..data.tokenizer import train_bpe
 from ..model.prompt import PromptConfig, PromptTokens, special_id, tokenize
@@ -164,16 +164,20 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _sound_alikes(path: str, tokenizer: PreTrainedTokenizerBase) -> SoundAlikes:
-    """Read groups of words and return them as groups of tokens."""
-    groups = [{word: tokenize(tokenizer, word) for word in group} for group in json.loads(Path(path).read_text())]
+    """Read groups of words and return them as groups of tokens; groups that share a token are one."""
+    groups = [{word: tokenize(tokenizer, word) for word in group} for group in read_groups(path, option="sound_alikes")]
     for word, ids in (pair for group in groups for pair in group.items()):
         if len(ids) != 1:
             raise ValueError(
                 f"sound_alikes: {path}: {word!r} is {len(ids)} tokens and must be one; raise lm.vocab_size "
                 f"({len(tokenizer)}) or leave its group out"
             )
-    tokens = [[ids[0] for ids in group.values()] for group in groups]
-    return {token: group for group in tokens for token in group}
+    alike: dict[int, list[int]] = {}
+    for group in groups:
+        tokens = [ids[0] for ids in group.values()]
+        merged = list(dict.fromkeys(other for token in tokens for other in alike.get(token, [token])))
+        alike |= dict.fromkeys(merged, merged)
+    return alike
 
 
 def _where(nll_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
