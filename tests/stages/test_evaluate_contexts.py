@@ -160,7 +160,7 @@ def test_a_limit_that_cannot_be_checked_is_named_before_anything_is_decoded(held
         )
     (tmp_path / "groups.json").write_text('["one"]')
     with pytest.raises(ValueError, match=r"equivalences: .*groups\.json must hold lists of words"):
-        tiny_runs.train("evaluate", tmp_path / "run", {}, *arguments, f"equivalences={tmp_path}/groups.json")
+        tiny_runs.train("evaluate", tmp_path / "other", {}, *arguments, f"equivalences={tmp_path}/groups.json")
 
 
 def test_a_condition_has_one_context_an_utterance(heldout, arguments, tmp_path, capsys):
