@@ -8,8 +8,8 @@ implausible is out (`context_prune`, `context_top_k`), and only the survivors S 
     prob form  log(a pc(v) + (1 - a) p0(v))           mixture
 
 Neither is renormalised. All others score -inf, the end token among them. What the repetition guard forbids is out
-before that, or it could be the only survivor. Utterances without context are rows like any
-other and cost nothing more; all prompts run in one forward pass of the LLM.
+before that, or it could be the only survivor. Utterances without context are rows like any other and cost nothing more;
+all prompts run in one forward pass of the LLM.
 
 With a CTC head of weight w, CTC hears the hypothesis once and belongs to both halves: a token is pruned by the acoustic
 score (1 - w) log p0 + w gain, and ranked by (1 - w) form(p0, pc) + w gain. What CTC scores is proposed by p0 and by pc:

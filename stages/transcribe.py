@@ -82,7 +82,7 @@ class Recogniser:
                 "context_search": context_search,
                 "context_alpha": context_alpha,
             },
-            has_context=any(contexts),
+            has_context=any(contexts) or not items,
         )
         languages = _one_each(language, items, name="language")
         for tag in set(languages):
