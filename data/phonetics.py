@@ -8,10 +8,12 @@ groups say them explicitly.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 import jellyfish
@@ -103,6 +105,22 @@ def _letters(word: str) -> str:
     if re.search(HAN, plain):
         return sound_key(word)
     return " ".join(map(_respelled, plain.split()))
+
+
+def read_groups(file: str | Path, *, option: str) -> list[list[str]]:
+    """Read a JSON file with lists of words that sound alike; errors name the option that named the file."""
+    try:
+        groups = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{option}: {file} cannot be read ({error.strerror}); name a JSON file") from None
+    except ValueError as error:
+        raise ValueError(f"{option}: {file} is not JSON in UTF-8 ({error})") from None
+    right = isinstance(groups, list) and all(
+        isinstance(group, list) and all(isinstance(word, str) for word in group) for group in groups
+    )
+    if not right:
+        raise ValueError(f'{option}: {file} must hold lists of words, [["caitlin", "kaitlyn"], ...]')
+    return groups
 
 
 def sound_groups(groups: Iterable[Sequence[str]]) -> dict[str, str]:

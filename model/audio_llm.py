@@ -370,7 +370,6 @@ class AudioLLM(AssembledModel):
             nbest=num_return_sequences,
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
-            context_top_k=max(num_beams, DecodeConfig.context_top_k),
         )
         nbest = self.transcribe_ids(waveforms, lengths, contexts_ids=contexts_ids, languages=languages, config=config)
         rows = [torch.tensor(h.ids + [self.prompt_tokens.end] * h.complete) for nbests in nbest for h in nbests]

@@ -7,8 +7,9 @@ implausible is out (`context_prune`, `context_top_k`), and only the survivors S 
     log form   a log pc(v) + (1 - a) log p0(v)        product of experts
     prob form  log(a pc(v) + (1 - a) p0(v))           mixture
 
-Neither is renormalised. All others score -inf, the end token among them. Utterances without context are rows like any
-other and cost nothing more; all prompts run in one forward pass of the LLM.
+Neither is renormalised. All others score -inf, the end token among them. What the repetition guard forbids is out
+before that, or it could be the only survivor. Utterances without context are rows like any other and cost nothing more;
+all prompts run in one forward pass of the LLM.
 
 With a CTC head of weight w, CTC hears the hypothesis once and belongs to both halves: a token is pruned by the acoustic
 score (1 - w) log p0 + w gain, and ranked by (1 - w) form(p0, pc) + w gain. What CTC scores is proposed by p0 and by pc:
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .ctc_scorer import CTCGains
-from .decoding import DecodeConfig, StepScorer
+from .decoding import DecodeConfig, StepScorer, forbid_repeats
 
 
 class ContextPrompt(NamedTuple):
@@ -43,6 +44,7 @@ class ContextScorer:
     def __init__(self, llm: StepScorer, *, config: DecodeConfig, ctc: CTCGains | None = None):
         self.llm, self.config, self.ctc = llm, config, ctc
         self.paired_J: Tensor
+        self.tokens_Rt: Tensor
         self.rows = 0
 
     def start(self, prefixes: list[ContextPrompt]) -> Tensor:
@@ -50,11 +52,13 @@ class ContextScorer:
         paired = [row for row, prefix in enumerate(prefixes) if prefix.with_context is not None]
         log_probs = self.llm.start([p.plain for p in prefixes] + [prefixes[row].with_context for row in paired])
         self.paired_J = torch.tensor(paired, dtype=torch.long, device=log_probs.device)
+        self.tokens_Rt = self.paired_J.new_empty(self.rows, 0)
         return self._joined(log_probs)
 
     def step(self, tokens_R: Tensor) -> Tensor:
         if self.ctc is not None:
             self.ctc.step(tokens_R)
+        self.tokens_Rt = torch.cat([self.tokens_Rt, tokens_R[:, None]], dim=1)
         return self._joined(self.llm.step(torch.cat([tokens_R, tokens_R[self.paired_J]])))
 
     def select(self, rows_R: Tensor) -> None:
@@ -64,6 +68,7 @@ class ContextScorer:
         second_R[self.paired_J] = torch.arange(self.rows, self.rows + len(self.paired_J), device=rows_R.device)
         second_R = second_R[rows_R]
         self.rows, self.paired_J = len(rows_R), (second_R >= 0).nonzero()[:, 0]
+        self.tokens_Rt = self.tokens_Rt[rows_R]
         self.llm.select(torch.cat([rows_R, second_R[self.paired_J]]))
 
     def _joined(self, log_probs: Tensor) -> Tensor:
@@ -78,6 +83,7 @@ class ContextScorer:
             heard_RV = self.ctc.mixed(plain_RV, gained_RV).to(plain_RV.dtype)
         if not len(context_JV):
             return heard_RV
+        forbid_repeats(heard_RV, self.tokens_Rt, max_repeats=self.config.max_repeats)
         return heard_RV.index_copy(0, self.paired_J, self._ranked(heard_RV, plain_RV, context_JV, gained_RV))
 
     def _ranked(self, heard_RV: Tensor, plain_RV: Tensor, context_JV: Tensor, gained_RV: Tensor | None) -> Tensor:
@@ -95,7 +101,7 @@ class ContextScorer:
     def _survivors(self, heard_JV: Tensor) -> Tensor:
         """Return which tokens are in S."""
         kept_JV = heard_JV >= heard_JV.amax(-1, keepdim=True) - self.config.context_prune
-        most = self.config.context_top_k
+        most = max(self.config.context_top_k, self.config.beam_size) if self.config.context_top_k else 0
         if most and int(kept_JV.sum(-1).max()) > most:  # a sort is dear, and the threshold mostly leaves fewer
             kept_JV &= torch.zeros_like(kept_JV).scatter(1, heard_JV.topk(most, dim=-1).indices, True)
         return kept_JV

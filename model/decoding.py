@@ -30,7 +30,8 @@ LONGEST_PHRASE = 16  # tokens of a phrase that the repetition guard looks for
 class DecodeConfig:
     """An utterance gets min(max_new_tokens, seconds * max_tokens_per_second + extra_tokens) tokens, end token included.
 
-    The bound by seconds keeps silence and noise from growing into pages of text. `length_penalty` ranks finished beams
+    The bound by seconds keeps silence and noise from growing into pages of text; `max_new_tokens` 0 leaves it to them
+    alone, so that long audio has a long text. `length_penalty` ranks finished beams
     by score / tokens ** length_penalty, as in transformers: 0 ranks by probability, above it favours longer ones.
     `max_repeats` = n forbids a phrase of up to 16 tokens to come more than n times in a row; 0 allows anything.
     `ctc_weight` is the CTC head's share of every token's score, for `ctc_candidates` tokens at each step
@@ -39,12 +40,12 @@ class DecodeConfig:
     An utterance with a context is searched by both prompts at once, "joint" (model/context_search.py), or by the one
     with context alone, "plain". `context_alpha` weighs context against speech: 0 ignores it, inf trusts it alone.
     Tokens more than `context_prune` nats (inf: any) below the best one without context are out, and so are all but
-    the best `context_top_k` (0: any number).
+    the best `context_top_k` (0: any number; never fewer than there are beams).
     """
 
     beam_size: int = 1
     nbest: int = 1
-    max_new_tokens: int = 448
+    max_new_tokens: int = 0
     max_tokens_per_second: float = 25.0
     extra_tokens: int = 10
     length_penalty: float = 1.0
@@ -61,8 +62,10 @@ class DecodeConfig:
     def __post_init__(self):
         if not 1 <= self.nbest <= self.beam_size:
             raise ValueError(f"decode.nbest ({self.nbest}) must lie within 1 and decode.beam_size ({self.beam_size})")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1: the end token")
+        if self.max_new_tokens < 0:
+            raise ValueError(
+                f"decode.max_new_tokens ({self.max_new_tokens}) must be at least 1, or 0 for no such bound"
+            )
         if not 0 <= self.ctc_weight < 1:
             raise ValueError(f"decode.ctc_weight ({self.ctc_weight}) must be at least 0 and below 1")
         if self.ctc_weight and not self.beam_size <= self.ctc_candidates <= MOST_CTC_CANDIDATES:
@@ -77,15 +80,13 @@ class DecodeConfig:
         for name in ("context_alpha", "context_prune"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"decode.{name} ({getattr(self, name)}) must be 0 or more; inf is allowed")
-        if self.context_search == "joint" and 0 != self.context_top_k < self.beam_size:
-            raise ValueError(
-                f"decode.context_top_k ({self.context_top_k}) must be at least decode.beam_size ({self.beam_size}), "
-                "or 0 for any number"
-            )
+        if self.context_top_k < 0:
+            raise ValueError(f"decode.context_top_k ({self.context_top_k}) must be at least 1, or 0 for any number")
 
     def limit(self, *, seconds: float) -> int:
         """Return the most tokens that an utterance of so many seconds may have."""
-        return max(1, min(self.max_new_tokens, math.ceil(seconds * self.max_tokens_per_second) + self.extra_tokens))
+        by_seconds = math.ceil(seconds * self.max_tokens_per_second) + self.extra_tokens
+        return max(1, min(self.max_new_tokens or by_seconds, by_seconds))
 
 
 @dataclass

@@ -5,7 +5,6 @@ context and, with `contexts`, once more under each condition. Scoring can be rep
 hyp.jsonl files (data/scoring/conditions.py).
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,15 @@ from ..data.audio_clips import AudioClips
 from ..data.scoring import NONE, ScoredUtterance, score_conditions, write_conditions, write_report
 from ..data.scoring.report import read_metrics
 from ..model.decoding import DecodeConfig
-from .recogniser.decoding import AUDIO, DecodingConfig, decoded, given_batches, load_recogniser, require_condition
+from .recogniser.decoding import (
+    AUDIO,
+    DecodingConfig,
+    decoded,
+    given_batches,
+    load_recogniser,
+    require_condition,
+    require_phrases,
+)
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.train_config import require_choice
 from .runtime.world import init_world
@@ -35,6 +42,11 @@ class EvaluateConfig(DecodingConfig):
     def __post_init__(self):
         super().__post_init__()
         require_choice("audio", self.audio, AUDIO)
+        if self.audio == "silence" and self.window_seconds:
+            raise ValueError(
+                f"audio is silence and window_seconds {self.window_seconds:g}: silent windows are left out, so that "
+                "nothing is decoded; set window_seconds=0"
+            )
         for name in self.contexts:
             require_condition(name)
         for name, limit in self.max_echo.items():
@@ -52,19 +64,24 @@ class Evaluate:
     Config = EvaluateConfig
 
     def run(self, cfg: EvaluateConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
-        world, acllm = init_world(), inputs["acllm"]
+        world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
+        for name in cfg.max_echo:
+            require_phrases(cfg.contexts[name], cfg.data, wanted_by=f"max_echo.{name}")
         model, decode = load_recogniser(acllm, cfg, world)
         shares = world.gather(
             [
                 (condition, utterance)
                 for batch in given_batches(cfg, model, world, contexts=cfg.contexts)
                 for condition in batch.contexts
-                for utterance in decoded(
-                    model, batch, condition, decode, hears=cfg.audio, window_seconds=cfg.window_seconds
-                )
+                for utterance in decoded(model, batch, condition, decode, cfg=cfg, hears=cfg.audio)
             ]
         )
-        problem = self._report(cfg, shares, writer, acllm=acllm, decode=decode) if world.is_main else ""
+        problem = ""
+        if world.is_main:
+            try:
+                problem = self._report(cfg, shares, writer, acllm=acllm, decode=decode, equivalences=equivalences)
+            except ValueError as error:  # the other ranks wait for what is wrong
+                problem = str(error)
         if problem := world.gather(problem)[0]:
             raise ValueError(problem)
 
@@ -76,6 +93,7 @@ class Evaluate:
         *,
         acllm: Artifact,
         decode: DecodeConfig,
+        equivalences: list[list[str]] | None,
     ) -> str:
         """Score and write everything; return what is wrong with the recogniser, "" where nothing is."""
         decoded = sorted((one for share in shares for one in share), key=lambda one: one[1].id)
@@ -83,7 +101,7 @@ class Evaluate:
             {name: [utterance for under, utterance in decoded if under == name] for name in [NONE, *cfg.contexts]},
             normalizer=cfg.normalizer or None,
             unit=cfg.unit or None,
-            equivalences=json.loads(Path(cfg.equivalences).read_text()) if cfg.equivalences else None,
+            equivalences=equivalences,
             seed=cfg.seed,
         )
         write_conditions(scores, writer.path, model_hash=acllm.hash, decode=asdict(decode))

@@ -7,6 +7,7 @@ recogniser.transcribe(["a.wav", "b.mp3"], keywords=["Kaitlyn", "Reykjavik"])[0].
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,16 @@ class Recogniser:
                 raise ValueError("context and keywords are both given; keywords are a context: give one of them")
             context = keyword_list(keywords)
         contexts = _one_each(context, items, name="context")
+        config = self._search(
+            {
+                "beam_size": beam_size,
+                "nbest": nbest,
+                "ctc_weight": ctc_weight,
+                "context_search": context_search,
+                "context_alpha": context_alpha,
+            },
+            has_context=any(contexts) or not items,
+        )
         languages = _one_each(language, items, name="language")
         for tag in set(languages):
             self.model.prompt_tokens.before_speech(None, tag)  # an unknown one is refused before any work
@@ -82,14 +93,6 @@ class Recogniser:
             for i, w in enumerate(waveforms)
             if is_silent(w, self.sample_rate)
         }
-        given = {
-            "beam_size": beam_size,
-            "nbest": nbest,
-            "ctc_weight": ctc_weight,
-            "context_search": context_search,
-            "context_alpha": context_alpha,
-        }
-        config = replace(self.model.decode_config, **{name: v for name, v in given.items() if v is not None})
         for group in self._groups([i for i in range(len(items)) if i not in found], waveforms):
             inputs = self.processor(
                 audio=[waveforms[i] for i in group],
@@ -98,6 +101,19 @@ class Recogniser:
             )
             found |= dict(zip(group, self._decode(inputs, config, window_seconds)))
         return [found[i] for i in range(len(items))]
+
+    def _search(self, settings: dict[str, Any], *, has_context: bool) -> DecodeConfig:
+        """Return the recogniser's own settings with those given; a weight of the context that weighs nothing is an
+        error."""
+        config = replace(self.model.decode_config, **{name: v for name, v in settings.items() if v is not None})
+        if (alpha := settings["context_alpha"]) is not None:
+            if not has_context:
+                raise ValueError(f"context_alpha is {alpha:g} and there is no context; give a context, or leave it out")
+            if config.context_search == "plain":
+                raise ValueError(
+                    f"context_alpha is {alpha:g} and context_search plain, which has no weight; leave one of them out"
+                )
+        return config
 
     def _waveform(self, item: str | Path | np.ndarray) -> np.ndarray:
         if isinstance(item, (str, Path)):

@@ -8,14 +8,13 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..data.scoring import NONE, ScoredUtterance, score_conditions
 from ..data.scoring.tuning import RIGHT, WRONG, Choice, Trial, choose, tuning_figure, tuning_table
 from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
-from .recogniser.decoding import DecodingConfig, decoded, given_batches, load_recogniser
+from .recogniser.decoding import DecodingConfig, decoded, given_batches, load_recogniser, require_phrases
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import yaml_scalar
 from .runtime.world import World, init_world
@@ -57,21 +56,20 @@ class TuneDecoding:
     Config = TuneDecodingConfig
 
     def run(self, cfg: TuneDecodingConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
-        world, acllm = init_world(), inputs["acllm"]
+        world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
+        for name, folder in ((RIGHT, cfg.right), (WRONG, cfg.wrong)):
+            require_phrases(folder, cfg.data, wanted_by=name)
         model, decode = load_recogniser(acllm, cfg, world)
-        tried = [replace(decode, **settings) for settings in [*cfg.grid(), {"context_search": "plain"}]]
-        shares = world.gather(list(self._decode(cfg, model, world, tried)))
+        tried = [*cfg.grid(), {"context_search": "plain"}]  # the last one is the reference
+        shares = world.gather(list(self._decode(cfg, model, world, [replace(decode, **one) for one in tried])))
         problem = ""
         if world.is_main:
-            *trials, plain = self._trials(cfg, [one for share in shares for one in share])
-            choice = choose(trials, max_loss=cfg.max_loss, max_echo=cfg.max_echo)
-            self._write(cfg, writer, trials, plain, choice)
-            if not choice.allowed:
-                kept = writer.set_aside("refused")
-                problem = (
-                    f"no setting keeps max_loss ({cfg.max_loss:g}) and max_echo ({cfg.max_echo:g}) with wrong "
-                    f"contexts; try smaller alphas or prunes, or allow more; see {kept}/tuning.md"
-                )
+            try:
+                everything = [one for share in shares for one in share]
+                *trials, plain = self._trials(cfg, tried, everything, equivalences=equivalences)
+                problem = self._choose(cfg, writer, trials, plain)
+            except ValueError as error:  # the other ranks wait for what is wrong
+                problem = str(error)
         if problem := world.gather(problem)[0]:
             raise ValueError(problem)
 
@@ -79,28 +77,46 @@ class TuneDecoding:
         self, cfg: TuneDecodingConfig, model: AudioLLM, world: World, tried: list[DecodeConfig]
     ) -> Iterator[Decoded]:
         for batch in given_batches(cfg, model, world, contexts={RIGHT: cfg.right, WRONG: cfg.wrong}):
-            for utterance in decoded(model, batch, NONE, tried[0], window_seconds=cfg.window_seconds):
+            for utterance in decoded(model, batch, NONE, tried[0], cfg=cfg):
                 yield -1, NONE, utterance
             for number, settings in enumerate(tried):
                 for condition in (RIGHT, WRONG):
-                    for utterance in decoded(model, batch, condition, settings, window_seconds=cfg.window_seconds):
+                    for utterance in decoded(model, batch, condition, settings, cfg=cfg):
                         yield number, condition, utterance
 
-    def _trials(self, cfg: TuneDecodingConfig, everything: list[Decoded]) -> list[Trial]:
+    def _trials(
+        self,
+        cfg: TuneDecodingConfig,
+        tried: list[dict[str, Any]],
+        everything: list[Decoded],
+        *,
+        equivalences: list[list[str]] | None,
+    ) -> list[Trial]:
         found: dict[tuple[int, str], list[ScoredUtterance]] = {}
         for number, condition, utterance in sorted(everything, key=lambda one: one[2].id):
             found.setdefault((number, condition), []).append(utterance)
         trials = []
-        for number, settings in enumerate([*cfg.grid(), {"context_search": "plain"}]):
+        for number, settings in enumerate(tried):
             scores = score_conditions(
                 {NONE: found[-1, NONE]} | {name: found[number, name] for name in (RIGHT, WRONG)},
                 normalizer=cfg.normalizer or None,
                 unit=cfg.unit or None,
-                equivalences=json.loads(Path(cfg.equivalences).read_text()) if cfg.equivalences else None,
+                equivalences=equivalences,
                 seed=cfg.seed,
             )
             trials.append(Trial.of(settings, scores))
         return trials
+
+    def _choose(self, cfg: TuneDecodingConfig, writer: ArtifactWriter, trials: list[Trial], plain: Trial) -> str:
+        """Choose and write; return what is wrong where every setting harms, else ""."""
+        choice = choose(trials, max_loss=cfg.max_loss, max_echo=cfg.max_echo)
+        self._write(cfg, writer, trials, plain, choice)
+        if choice.allowed:
+            return ""
+        return (
+            f"no setting keeps max_loss ({cfg.max_loss:g}) and max_echo ({cfg.max_echo:g}) with wrong contexts; try "
+            f"smaller alphas or prunes, or allow more; see {writer.set_aside('refused')}/tuning.md"
+        )
 
     def _write(
         self, cfg: TuneDecodingConfig, writer: ArtifactWriter, trials: list[Trial], plain: Trial, choice: Choice

@@ -19,7 +19,7 @@ import numpy as np
 from ..index import Corpus, parse_meta, read_index
 from ..parallel import advance, over_shards
 from ..payload import PayloadReader
-from ..phonetics import HAN
+from ..phonetics import HAN, read_groups
 from ..whole_file import write_json
 from .config import ContextsConfig
 from .templates import shuffled
@@ -141,7 +141,8 @@ def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFac
     if cfg.distractors:
         names = Counter({("", name): 1 for name in read_names(cfg.distractors)})
     texts = hashlib.sha256("".join(one.digest for one in ordered).encode()).hexdigest()
-    return CorpusFacts(_by_language(names, cfg), read_groups(cfg.sound_alikes), common, texts, cfg.lang)
+    groups = read_groups(cfg.sound_alikes, option="sound_alikes") if cfg.sound_alikes else []
+    return CorpusFacts(_by_language(names, cfg), groups, common, texts, cfg.lang)
 
 
 def language(tag: str) -> str:
@@ -224,23 +225,6 @@ def read_names(file: str) -> list[str]:
     with _open_text(file, option="distractors") as lines:
         cleaned = [clean_context(line) for line in lines]
     return list(dict.fromkeys(name for name in cleaned if words_of(name)))
-
-
-def read_groups(file: str) -> list[list[str]]:
-    """Read a JSON file with lists of words that sound alike."""
-    if not file:
-        return []
-    with _open_text(file, option="sound_alikes") as handle:
-        try:
-            groups = json.load(handle)
-        except ValueError as error:
-            raise ContextError(f"sound_alikes: {file} is not JSON ({error})") from None
-    right = isinstance(groups, list) and all(
-        isinstance(group, list) and all(isinstance(word, str) for word in group) for group in groups
-    )
-    if not right:
-        raise ContextError(f'sound_alikes: {file} must hold lists of words, [["caitlin", "kaitlyn"], ...]')
-    return groups
 
 
 def _open_text(file: str, *, option: str):

@@ -61,16 +61,16 @@ class ConditionScores:
         }
 
     def over_limit(self, max_echo: Mapping[str, float]) -> list[str]:
-        """Say of each condition whose echo rate is above its limit, a fraction, what it is."""
+        """Say of each condition whose echo rate is above its limit, a fraction, or unknown, what is wrong."""
         found = []
         for name, limit in max_echo.items():
             rate = self.contexts[name].rates["echo_rate"] if name in self.contexts else Ratio(None)
             if rate.fraction is None:
-                raise ValueError(
+                found.append(
                     f"max_echo.{name} is {limit:g} and no utterance has a context with phrases under condition "
                     f"{name!r}, so that nothing can be checked; leave it out, or give contexts.{name} such contexts"
                 )
-            if rate.fraction > limit:
+            elif rate.fraction > limit:
                 found.append(
                     f"condition {name!r} has an echo rate of {rate.fraction:.2%} ({rate.count} of {rate.of} "
                     f"utterances), above its limit max_echo.{name} of {limit:.2%}"
@@ -92,10 +92,21 @@ def score_conditions(
         for name in [NONE, *(name for name in records if name != NONE)]
     }
     plain = reports[NONE]
+    for name in reports:
+        require_no_language(name, plain.languages)
     if len(reports) == 1 and not any(plain.keywords):
         return ConditionScores(reports, {})
     contexts = {name: score_context(report, plain=plain, seed=seed) for name, report in reports.items()}
     return ConditionScores(reports, contexts)
+
+
+def require_no_language(condition: str, languages: Collection[str]) -> None:
+    """Refuse a condition whose metrics would overwrite those of a language of the corpus."""
+    if condition in languages:
+        raise ValueError(
+            f"contexts.{condition}: the corpus has utterances in {condition!r}, whose metrics have the same names; "
+            f"choose another name for the condition, such as {condition}-contexts"
+        )
 
 
 def write_conditions(

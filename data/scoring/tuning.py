@@ -24,6 +24,11 @@ COLUMNS = (
     ("conflict, wrong", WRONG, "conflict_rate"),
 )
 
+MISSING = {
+    "strict_recall": "no keyword of these contexts is said and missed without them, so that none can be regained",
+    "echo_rate": "no utterance has a context with phrases",
+}
+
 
 class Trial(NamedTuple):
     """One setting and its rates, {condition: {rate: fraction}}; `metric` names the error rate among them."""
@@ -37,8 +42,17 @@ class Trial(NamedTuple):
         return cls(settings, scores.table(), scores.plain.headline.metric)
 
     def rate(self, condition: str, name: str = "") -> float:
-        """Return a rate, by default the error rate; 0 where there is none of that name: nothing is there to count."""
-        return self.rates[condition].get(name or self.metric) or 0.0
+        """Return a rate, by default the error rate."""
+        value = self.rates[condition].get(name or self.metric)
+        if value is None:
+            missing = MISSING.get(name, "nothing is there to count")
+            raise ValueError(f"{condition}: there is no {name or self.metric}: {missing}; give other contexts, or data")
+        return value
+
+    def shown(self, condition: str, name: str = "") -> str:
+        """Return a rate for people, "-" where there is none."""
+        value = self.rates[condition].get(name or self.metric)
+        return "-" if value is None else f"{value:.2%}"
 
     @property
     def loss(self) -> float:
@@ -84,14 +98,14 @@ def tuning_table(trials: Sequence[Trial], chosen: Trial, *, max_loss: float, max
     names = list(first.settings)
     titles = [name.removeprefix("context_") for name in names]
     titles += [*(title.format(metric=first.metric.upper()) for title, _, _ in COLUMNS), ""]
-    plain = [f"{first.rate(NONE):.2%}" if rate == "" else "-" for _, _, rate in COLUMNS]
-    plain[1] = f"{first.rate(NONE, 'recall'):.1%}"
-    plain[4] = f"{first.rate(WRONG, 'echo_rate_chance'):.2%} by chance"
+    plain = [first.shown(NONE) if rate == "" else "-" for _, _, rate in COLUMNS]
+    plain[1] = first.shown(NONE, "recall")
+    plain[4] = f"{first.shown(WRONG, 'echo_rate_chance')} by chance"
     rows = [["no context", *["-"] * (len(names) - 1), *plain, ""]]
     for trial in trials:
         harm = trial.harm(max_loss=max_loss, max_echo=max_echo)
         note = "**chosen**" if trial is chosen else "harms" if harm else ""
-        cells = [f"{trial.rate(condition, rate):.2%}" for _, condition, rate in COLUMNS]
+        cells = [trial.shown(condition, rate) for _, condition, rate in COLUMNS]
         rows.append([*(_shown(trial.settings.get(name, "-")) for name in names), *cells, note])
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

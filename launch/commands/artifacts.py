@@ -139,6 +139,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
 
 def context_text(text: str | None, file: str | None) -> str | None:
     """Return the context that a user gives as text or as a file."""
+    if text is not None and not text.strip():
+        raise ValueError("--context is empty; write a context into it, or leave it out")
     if file is None:
         return text
     try:
@@ -189,7 +191,8 @@ def _read(files: Sequence[str], *, sample_rate: int) -> Iterator[tuple[str, Any]
 
 def _line(file: str, hypothesis: Any, *, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"file": file, "text": hypothesis.text, "score": hypothesis.score}, ensure_ascii=False)
+        heard = {"text": hypothesis.text, "score": hypothesis.score, "complete": hypothesis.complete}
+        return json.dumps({"file": file, **heard}, ensure_ascii=False)
     return f"{file}\t{hypothesis.text}"
 
 

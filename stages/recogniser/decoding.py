@@ -14,9 +14,12 @@ from ...data.audio_sets import heldout
 from ...data.batches import PlannedBatches
 from ...data.concat import ConcatConfig
 from ...data.contexts.sidecar import Contexts, UtteranceContext
+from ...data.index import Corpus
 from ...data.loader import AudioBatch, utterance_key
+from ...data.phonetics import read_groups
 from ...data.plan import MicroBatch, PlanLimits
 from ...data.scoring import NONE, ScoredUtterance, get_normalizer, keywords_of
+from ...data.scoring.conditions import require_no_language
 from ...data.windows import require_window
 from ...model.audio_llm import AudioLLM, acllm_facts
 from ...model.decoding import DecodeConfig
@@ -51,6 +54,10 @@ class DecodingConfig(StageConfig):
         require_choice("precision", self.precision, PRECISIONS)
         require_window(self.window_seconds)
 
+    def groups(self) -> list[list[str]] | None:
+        """Return the groups of `equivalences`. A stage asks before it decodes, as the file may be no good."""
+        return read_groups(self.equivalences, option="equivalences") if self.equivalences else None
+
 
 class GivenBatch(NamedTuple):
     """Utterances, what they may be told beforehand under each condition, and the keywords to look for."""
@@ -67,6 +74,19 @@ def require_condition(name: str) -> None:
             f"contexts.{name}: a condition is named by lower-case letters, digits, - and _, and {NONE!r} is "
             "the one without context, which is always decoded; choose another name"
         )
+
+
+def require_phrases(folder: str, data: str, *, wanted_by: str) -> None:
+    """Refuse contexts without any phrase: what is emitted of them could not be counted after decoding."""
+    sidecar, corpus = Contexts(folder), Corpus.open(data)
+    for number, shard in enumerate(corpus.shards):
+        for row, at in enumerate(corpus.index(number)):
+            if any(context.phrases for context in sidecar.of(shard, row, key=utterance_key(at))):
+                return
+    raise ValueError(
+        f"{wanted_by}: no utterance of {data} has a context with phrases in {folder}, so that nothing can be checked; "
+        "give it such contexts, or leave it out"
+    )
 
 
 def load_recogniser(acllm: Artifact, cfg: DecodingConfig, world: World) -> tuple[AudioLLM, DecodeConfig]:
@@ -115,6 +135,8 @@ def given_batches(
                 given = {name: _contexts(name, one, planned, micro_batch) for name, one in sidecars.items()}
                 known = model.processor.prompts.languages if cfg.tell_language else {}
                 tags = [meta.get("lang") or "" for meta in audio.meta]
+                for name in sidecars:
+                    require_no_language(name, tags)
                 keywords = [
                     keywords_of(meta, reference=text, phrases=[p for c in all_ for p in c.phrases], normalize=normalize)
                     for meta, text, *all_ in zip(audio.meta, audio.texts, *given.values())
@@ -133,8 +155,8 @@ def decoded(
     condition: str,
     decode: DecodeConfig,
     *,
+    cfg: DecodingConfig,
     hears: str = "own",
-    window_seconds: float = 0.0,
 ) -> Iterator[ScoredUtterance]:
     """Yield the utterances of a batch, decoded under one condition; `hears` is one of AUDIO."""
     audio, contexts = batch.audio, batch.contexts[condition]
@@ -149,7 +171,8 @@ def decoded(
         contexts_ids=model.processor.context_ids([context.text or None for context in contexts]),
         languages=batch.languages,
         config=decode,
-        window_seconds=window_seconds,
+        window_seconds=cfg.window_seconds,
+        batch_seconds=cfg.batch_seconds,
     )
     rtf, memory_gb = (time.perf_counter() - started) / audio.seconds, peak_memory_gb()
     for i, (nbest, _) in enumerate(heard):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from seedling.data.demo_text import ENGLISH
-from seedling.data.phonetics import SoundPool, plain_letters, sound_distance, sound_groups, sound_key, sounds_like
+from seedling.data.phonetics import (
+    SoundPool,
+    plain_letters,
+    read_groups,
+    sound_distance,
+    sound_groups,
+    sound_key,
+    sounds_like,
+)
 
 NAMES = [
     *ENGLISH.slots["distinct"],
@@ -97,3 +105,17 @@ def test_the_nearest_of_many_are_the_nearest_of_all():
         found = pool.nearest(word, 20)
         assert pool.names[found[0]] == word and np.all(np.diff(distances[found]) >= 0)
         assert distances[found[-1]] <= np.sort(distances)[40]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"[[", "not JSON"), (b"\xff", "not JSON in UTF-8"), (b'["ate"]', "lists of words"), (None, "read")],
+)
+def test_a_file_of_groups_that_is_no_good_is_named_with_its_option(tmp_path, content, said):
+    file = tmp_path / "groups.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"equivalences: {file} .*{said}"):
+        read_groups(file, option="equivalences")
+    file.write_text('\ufeff[["müller", "mueller"]]', encoding="utf-8")
+    assert read_groups(file, option="equivalences") == [["müller", "mueller"]]

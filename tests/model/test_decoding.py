@@ -33,7 +33,7 @@ def make_end_likely(llm, *, by: float) -> None:
 
 def search(llm, prefixes, *, limits: list[int] | None = None, **config) -> list[list[Hypothesis]]:
     config = DecodeConfig(**config)
-    limits = limits or [config.max_new_tokens] * len(prefixes)
+    limits = limits or [config.max_new_tokens or 448] * len(prefixes)
     return decode(llm_scorer(llm), prefixes, limits=limits, end=END, config=config)
 
 
@@ -266,6 +266,14 @@ def test_limits_hold_per_utterance_and_mark_what_was_cut(tiny_llm):
 def test_the_limit_grows_with_the_seconds_up_to_the_maximum():
     config = DecodeConfig(max_new_tokens=100, max_tokens_per_second=8.0, extra_tokens=5)
     assert [config.limit(seconds=s) for s in (0.0, 1.01, 5.0, 60.0)] == [5, 14, 45, 100]
+    assert DecodeConfig(max_tokens_per_second=8.0, extra_tokens=5).limit(seconds=300.0) == 2405
+
+
+def test_more_than_448_tokens_come_out_of_long_audio(tiny_audio_llm):
+    model = tiny_audio_llm()
+    make_end_likely(model.llm, by=-1e4)
+    ((h,),) = model.transcribe_ids(0.1 * torch.ones(1, 320000), torch.tensor([320000]))
+    assert len(h.ids) == 20 * 25 + 10 and not h.complete
 
 
 def test_silence_cannot_ramble(tiny_audio_llm):
@@ -365,7 +373,7 @@ def test_decoding_in_training_mode_is_refused(tiny_audio_llm, noise):
 def test_settings_that_cannot_be_met_are_named():
     with pytest.raises(ValueError, match=r"decode\.nbest \(3\).*beam_size \(2\)"):
         DecodeConfig(beam_size=2, nbest=3)
-    with pytest.raises(ValueError, match=r"decode\.max_new_tokens \(0\)"):
-        DecodeConfig(max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"decode\.max_new_tokens \(-1\)"):
+        DecodeConfig(max_new_tokens=-1)
     with pytest.raises(ValueError, match=r"decode\.stop \('soon'\)"):
         DecodeConfig(stop="soon")

@@ -179,6 +179,7 @@ def textless(tmp_path):
         (["decode.beam_size=wide"], "override decode.beam_size=wide: expected int"),
         (["contexts.right=/nowhere"], "/nowhere: no finished contexts here"),
         (["contexts.none=/nowhere"], "contexts.none"),
+        (["audio=silence", "window_seconds=1"], "window_seconds 1"),
         (["tell_language=true"], "was trained without prompts.languages"),
         (["max_echo.wrong=0.1"], "there is no contexts.wrong"),
         (["contexts.wrong=/nowhere", "max_echo.wrong=2"], "max_echo.wrong (2)"),

@@ -130,13 +130,14 @@ def test_two_ranks_find_the_same_under_every_condition(evaluated, arguments, tmp
         one, two = hypotheses(evaluated / name), hypotheses(tmp_path / "run" / "artifact" / name)
         assert one.keys() == two.keys()
         for id_, row in one.items():
-            assert {k: v for k, v in row.items() if k not in ("scores", "rtf")} == {
-                k: v for k, v in two[id_].items() if k not in ("scores", "rtf")
+            by_process = ("scores", "rtf", "memory_gb")
+            assert {k: v for k, v in row.items() if k not in by_process} == {
+                k: v for k, v in two[id_].items() if k not in by_process
             }
             np.testing.assert_allclose(two[id_]["scores"], row["scores"], atol=1e-3)
     ours, theirs = (load_artifact(folder).metrics for folder in (evaluated, tmp_path / "run" / "artifact"))
-    timed = {name for name in ours if name.endswith("rtf")}
-    assert {k: ours[k] for k in ours.keys() - timed} == {k: theirs[k] for k in theirs.keys() - timed}
+    by_process = {name for name in ours if name.endswith(("rtf", "peak_memory_gb"))}
+    assert {k: ours[k] for k in ours.keys() - by_process} == {k: theirs[k] for k in theirs.keys() - by_process}
 
 
 def test_a_run_that_echoes_too_much_writes_everything_and_fails(arguments, tmp_path, capsys):
@@ -146,6 +147,20 @@ def test_a_run_that_echoes_too_much_writes_everything_and_fails(arguments, tmp_p
     kept = tmp_path / "run" / "refused"
     assert str(kept) in error and not (tmp_path / "run" / "artifact").exists()
     assert {"context.json", "summary.json", "report.html", "right", "wrong"} <= {file.name for file in kept.iterdir()}
+
+
+def test_a_limit_that_cannot_be_checked_is_named_before_anything_is_decoded(heldout, arguments, tmp_path, monkeypatch):
+    from seedling.stages import evaluate
+
+    monkeypatch.setattr(evaluate, "decoded", lambda *_, **__: pytest.fail("decoded"))
+    bare = write_sidecar(tmp_path / "bare", heldout, lambda i: context([]))
+    with pytest.raises(ValueError, match=r"max_echo\.bare: no utterance of .* has a context with phrases in .*bare"):
+        tiny_runs.train(
+            "evaluate", tmp_path / "run", {}, *arguments, f"contexts.bare={bare}", "max_echo.bare=1", "max_echo.wrong=1"
+        )
+    (tmp_path / "groups.json").write_text('["one"]')
+    with pytest.raises(ValueError, match=r"equivalences: .*groups\.json must hold lists of words"):
+        tiny_runs.train("evaluate", tmp_path / "other", {}, *arguments, f"equivalences={tmp_path}/groups.json")
 
 
 def test_a_condition_has_one_context_an_utterance(heldout, arguments, tmp_path, capsys):

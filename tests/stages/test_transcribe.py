@@ -262,6 +262,12 @@ def test_the_command_on_a_context_of_ten_thousand_words_says_once_what_it_kept(
         (["--language", "en"], "the languages of this recogniser are none"),
         (["--context", "a", "--keywords", "b"], "not allowed with argument"),
         (["--context-search", "other"], "invalid choice: 'other'"),
+        (["--context-alpha", "2"], "context_alpha is 2 and there is no context"),
+        (["--context", " "], "--context is empty"),
+        (
+            ["--keywords", "go", "--context-search", "plain", "--context-alpha", "2"],
+            "context_alpha is 2 and context_search plain",
+        ),
         (["--context-alpha", "-1"], "decode.context_alpha (-1.0) must be 0 or more"),
     ],
 )

@@ -87,12 +87,6 @@ def test_an_echo_rate_above_its_limit_is_named_with_the_limit(scores):
     assert "'wrong'" in problem and "33.33%" in problem and "2.00%" in problem and "1 of 3" in problem
 
 
-def test_a_limit_that_cannot_be_checked_is_an_error(records):
-    records["wrong"] = [replace(record, phrases=()) for record in records["wrong"]]
-    with pytest.raises(ValueError, match=r"max_echo.wrong .* no utterance has a context"):
-        score_conditions(records).over_limit({"wrong": 0.02})
-
-
 def test_metrics_name_the_languages_of_a_corpus_of_several(records):
     for name, side in records.items():
         heard = "打给张玮" if name == "none" else "打给张伟"
@@ -115,3 +109,15 @@ def test_the_report_escapes_what_comes_from_contexts(records, tmp_path):
     scores = score_conditions(records, normalizer="none")
     html = write_report(scores.plain, tmp_path / "report.html", conditions=scores).read_text()
     assert "<b>x</b>" not in html and "&lt;b&gt;x&lt;/b&gt;" in html
+
+
+def test_a_condition_may_not_be_named_as_a_language_of_the_corpus(records):
+    german = [replace(one, lang="de") if one.id == "u0" else one for one in records["none"]]
+    with pytest.raises(ValueError, match=r"contexts\.de: .*choose another name for the condition, such as de-contexts"):
+        score_conditions({"none": german, "de": german})
+
+
+def test_an_echo_limit_without_any_phrase_is_a_problem(records):
+    bare = [replace(one, phrases=()) for one in records["right"]]
+    (problem,) = score_conditions(records | {"bare": bare}).over_limit({"bare": 0.5, "right": 0.5})
+    assert problem.startswith("max_echo.bare is 0.5 and no utterance has a context with phrases")

@@ -2,6 +2,8 @@
 
 from xml.etree import ElementTree
 
+import pytest
+
 from seedling.data.scoring.tuning import Choice, Trial, choose, tuning_figure, tuning_table
 
 
@@ -36,6 +38,17 @@ def test_equal_recall_is_decided_by_errors_and_then_by_the_smaller_weight():
 def test_where_every_setting_harms_the_least_harmful_one_is_named_and_not_allowed():
     little, much = trial(0.5, recall=0.1, wrong=0.12), trial(2.0, recall=0.9, wrong=0.3)
     assert chosen(much, little) == Choice(little, allowed=False)
+
+
+def test_what_is_not_there_cannot_be_chosen_by_and_is_shown_as_such():
+    nothing_missed, no_phrases = trial(1.0, recall=None), trial(1.0, recall=0.5, echo=None, chance=None)
+    with pytest.raises(ValueError, match=r"right: there is no strict_recall: no keyword .* is said and missed"):
+        chosen(nothing_missed)
+    with pytest.raises(ValueError, match="wrong: there is no echo_rate: no utterance has a context with phrases"):
+        chosen(no_phrases)
+    best = trial(1.0, recall=0.5)
+    row = tuning_table([best], best, max_loss=0.01, max_echo=0.02).splitlines()[-1]
+    assert row == "| 5 | 1 | 50.00% | 50.00% | 10.00% | 10.00% | 0.00% | - | **chosen** |"
 
 
 def test_table_and_figure_show_every_trial_and_mark_the_chosen_one():
