@@ -44,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/encoder_step.py
+	$(BIN)/python benchmarks/long_form.py
+	$(BIN)/python benchmarks/decoding.py
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache

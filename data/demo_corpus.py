@@ -1,10 +1,12 @@
 """The demo's spoken corpus: requests to a voice assistant, synthesised in many voices, rooms and noises.
 
 `generate` writes OUT/{train,dev,test}.jsonl (NeMo's keys audio_filepath, relative to OUT, duration and text; then
-speaker, lang and keywords), 16 kHz FLAC below OUT/audio, OUT/lm_text.txt and OUT/homophones.json.
+speaker, lang and keywords), 16 kHz FLAC below OUT/audio, OUT/lm_text.txt and OUT/homophones.json. A little Mandarin is
+mixed into train.jsonl and lm_text.txt; held out it is OUT/{dev,test}_zh.jsonl, with OUT/homophones_zh.json.
 
 - Dev and test share no voice with training: their espeak-ng variants (the shape of the throat) are theirs alone, in all
-  accents. Nor any sentence: none sounds like one in train.jsonl or lm_text.txt. The grammar is shared, see `demo_text`.
+  accents. Nor any sentence: none sounds like one in train.jsonl or lm_text.txt. The grammar is shared, see `grammar`.
+- What is English does not depend on how much Mandarin there is, down to the audio.
 - Texts, splits and voices depend on the seed alone. Audio does too on one machine with one version of the libraries,
   for any number of jobs: chunks of fixed size are spoken each by a fresh process, because espeak-ng's noise keeps its
   state from one utterance to the next. On another machine the bits may differ, so nothing should rely on them.
@@ -19,7 +21,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,34 +32,21 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from . import acoustics, demo_text
-from .synthesis import VARIANTS, Espeak, import_loader
+from . import acoustics
+from .demo_plan import LANGUAGES, Split, Utterance, plan
+from .synthesis import Espeak, import_loader
 
-VERSION = 4  # raise it with every change that alters what is written: older corpora are then generated anew
+VERSION = 5  # raise it with every change that alters what is written: older corpora are then generated anew
 SAMPLE_RATE = 16_000
 CHUNK_UTTERANCES = 300
-# None of these has a near twin among the others, as f2 has in f5 or adam in benjamin.
-HELD_OUT_VARIANTS = {"dev": ("f1", "m5", "edward", "linda"), "test": ("f4", "m4", "m7", "Annie")}
-# Four of espeak's accents: what a small model can learn in minutes.
-DEMO_ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029")
 STAMP = "demo_corpus.json"  # the settings, and whether all of it is there
-WRITTEN = ("audio", "parts", "train.jsonl", "dev.jsonl", "test.jsonl", "lm_text.txt", "homophones.json")
-
-
-class Utterance(NamedTuple):
-    """What is to be said and how; `key` also seeds the acoustics."""
-
-    key: str
-    split: str
-    text: str
-    keywords: tuple[str, ...]
-    voice: str
-    words_per_minute: int
-    pitch: int
+MANIFESTS = ("train.jsonl", "dev.jsonl", "test.jsonl", "dev_zh.jsonl", "test_zh.jsonl")
+WRITTEN = ("audio", "parts", *MANIFESTS, "lm_text.txt", "homophones.json", "homophones_zh.json")
+Splits = dict[Split, list[Utterance]]
 
 
 class Statistics(NamedTuple):
-    """Totals of one manifest."""
+    """Totals of one language in a manifest. A word is a character where there are no spaces."""
 
     utterances: int
     hours: float
@@ -71,24 +60,29 @@ def generate(
     out: Path,
     *,
     hours: float = 2.0,
+    mandarin_hours: float = 0.5,
     heldout_utterances: int = 300,
     lm_sentences: int = 60_000,
     seed: int = 0,
     jobs: int = 2,
 ) -> Path:
-    """Write the corpus below `out` and return it. `hours` is training audio, met within a few percent.
+    """Write the corpus below `out` and return it. `hours` is English training audio, met within a few percent.
 
-    `lm_sentences` are drawn for lm_text.txt beyond the training sentences. `out` is absent, empty or a demo corpus; one
-    of other settings is replaced. ValueError if the package that speaks is missing.
+    `mandarin_hours` come on top of it; 0 leaves the language out. `heldout_utterances` are in dev and in test, and a
+    third as many of Mandarin. `lm_sentences` are drawn for lm_text.txt beyond the training sentences, and of Mandarin
+    as many to an hour of audio. `out` is absent, empty or a demo corpus; one of other settings is replaced. ValueError
+    if the package that speaks is missing.
     """
-    if hours <= 0 or jobs < 1 or heldout_utterances < 1:
+    if hours <= 0 or mandarin_hours < 0 or jobs < 1 or heldout_utterances < 1:
         raise ValueError(
-            f"hours ({hours}) must be positive, jobs ({jobs}) and heldout_utterances ({heldout_utterances}) at least 1"
+            f"hours ({hours}) must be positive, mandarin_hours ({mandarin_hours}) not negative, jobs ({jobs}) and "
+            f"heldout_utterances ({heldout_utterances}) at least 1"
         )
     out = Path(out)
     settings = {
         "version": VERSION,
         "hours": hours,
+        "mandarin_hours": mandarin_hours,
         "heldout_utterances": heldout_utterances,
         "lm_sentences": lm_sentences,
         "seed": seed,
@@ -97,24 +91,30 @@ def generate(
         return out
     import_loader()  # one clear line here, before anything is removed, rather than one from every process
     _make_ready(out, settings)
-    splits = plan(hours=hours, heldout_utterances=heldout_utterances, seed=seed)
-    _write_texts(out, splits, sentences=lm_sentences, seed=seed)
+    splits = plan(hours=hours, mandarin_hours=mandarin_hours, heldout_utterances=heldout_utterances, seed=seed)
+    _write_texts(out, splits, sentences=lm_sentences, mandarin_share=mandarin_hours / hours, seed=seed)
     _speak(out, splits, seed=seed, jobs=jobs)
-    for split, utterances in splits.items():
-        lines = "".join(_part(out, chunk).read_text() for chunk in _chunks(utterances))
-        _write_atomically(out / f"{split}.jsonl", lines)
+    for manifest, lines in _manifests(out, splits).items():
+        _write_atomically(manifest, "".join(lines))
     _write_stamp(out, settings, complete=True)
     shutil.rmtree(out / "parts")
     return out
 
 
-def statistics(manifest: Path) -> Statistics:
-    """Count what a manifest written by `generate` holds."""
-    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
-    if not rows:
+def statistics(manifest: Path) -> dict[str, Statistics]:
+    """Count what a manifest written by `generate` holds, by language."""
+    rows_of: dict[str, list[dict]] = {}
+    for line in Path(manifest).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows_of.setdefault(row["lang"], []).append(row)
+    if not rows_of:
         raise ValueError(f"{manifest} holds no utterance; generate the corpus again")
+    return {lang: _totals(lang, rows) for lang, rows in sorted(rows_of.items())}
+
+
+def _totals(lang: str, rows: list[dict]) -> Statistics:
     seconds = sum(row["duration"] for row in rows)
-    words = [word for row in rows for word in row["text"].split()]
+    words = [word for row in rows for word in LANGUAGES[lang].grammar.words(row["text"])]
     return Statistics(
         utterances=len(rows),
         hours=seconds / 3600,
@@ -125,70 +125,58 @@ def statistics(manifest: Path) -> Statistics:
     )
 
 
-# ---------------------------------------------------------------- what is said, and by whom
+# ---------------------------------------------------------------- texts
 
 
-def plan(*, hours: float, heldout_utterances: int, seed: int) -> dict[str, list[Utterance]]:
-    """Return every utterance of every split. Held-out sentences are drawn first, so they do not depend on `hours`."""
-    sentences = demo_text.distinct_sentences(random.Random(f"sentences-{seed}"))
-    splits = {
-        split: list(itertools.islice(_utterances(split, sentences, seed=seed), heldout_utterances))
-        for split in ("test", "dev")
-    }
-    train, seconds = [], 0.0
-    for utterance in _utterances("train", sentences, seed=seed):
-        if seconds >= hours * 3600:
-            break
-        train.append(utterance)
-        seconds += _expected_seconds(utterance)
-    return {"train": train, "dev": splits["dev"], "test": splits["test"]}
-
-
-def voices(split: str) -> list[str]:
-    """Return the split's voices, every accent with every variant of the split; no variant is in two splits."""
-    held_out = {variant for variants in HELD_OUT_VARIANTS.values() for variant in variants}
-    variants = HELD_OUT_VARIANTS.get(split) or [variant for variant in VARIANTS if variant not in held_out]
-    return [f"{accent}+{variant}" for accent in DEMO_ACCENTS for variant in variants]
-
-
-def _utterances(split: str, sentences: Iterator[demo_text.Sentence], *, seed: int) -> Iterator[Utterance]:
-    """Give each sentence a voice, each equally often. A voice has its own pace and pitch; an utterance varies them."""
-    rng = random.Random(f"{split}-{seed}")
-    habits = {voice: (rng.uniform(130, 175), rng.uniform(30, 70)) for voice in voices(split)}
-    turns = itertools.chain.from_iterable(sorted(habits, key=lambda _: rng.random()) for _ in itertools.count())
-    for number, (sentence, voice) in enumerate(zip(sentences, turns)):
-        pace, pitch = habits[voice]
-        yield Utterance(
-            key=f"{split}-{number:06d}",
-            split=split,
-            text=sentence.text,
-            keywords=sentence.keywords,
-            voice=voice,
-            words_per_minute=round(pace * rng.uniform(0.9, 1.15)),
-            pitch=round(pitch + rng.uniform(-8, 8)),
+def _write_texts(out: Path, splits: Splits, *, sentences: int, mandarin_share: float, seed: int) -> None:
+    """Write the language model's corpus (training sentences, then more of the grammars) and the groups of names."""
+    spoken, more = {}, {}
+    for lang in {split.lang: None for split in splits}:
+        spoken[lang] = [row.text for row in splits[Split("train", lang)]]
+        count = sentences if lang == "en" else round(sentences * mandarin_share)
+        more[lang] = list(itertools.islice(_fresh_sentences(splits, lang, seed=seed), count))
+        groups = [list(group) for group in LANGUAGES[lang].names_alike]
+        _write_atomically(
+            out / ("homophones.json" if lang == "en" else f"homophones_{lang}.json"),
+            json.dumps(groups, indent=1, ensure_ascii=False) + "\n",
         )
-
-
-def _expected_seconds(utterance: Utterance) -> float:
-    """Estimate the duration from letters and pace; the constants are a least-squares fit, good to 2 % in the sum."""
-    return 0.72 + 8.77 * len(utterance.text) / utterance.words_per_minute
-
-
-def _write_texts(out: Path, splits: dict[str, list[Utterance]], *, sentences: int, seed: int) -> None:
-    """Write the language model's corpus (training sentences, then more of the grammar) and the groups of names.
-
-    Sentences repeat as often as the grammar draws them: without repetition the long ones would crowd out the short.
-    """
-    held_out = {demo_text.spoken_form(row.text) for split in ("dev", "test") for row in splits[split]}
-    lines = [row.text for row in splits["train"]]
-    rng = random.Random(f"lm-{seed}")
-    more = (demo_text.draw(rng).text for _ in itertools.count())
-    fresh = (text for text in more if demo_text.spoken_form(text) not in held_out)
-    lines.extend(itertools.islice(fresh, sentences))
+    lines = [*_evenly_mixed(spoken.values()), *_evenly_mixed(more.values())]
     _write_atomically(out / "lm_text.txt", "\n".join(lines) + "\n")
-    _write_atomically(
-        out / "homophones.json", json.dumps([list(group) for group in demo_text.HOMOPHONES], indent=1) + "\n"
-    )
+
+
+def _fresh_sentences(splits: Splits, lang: str, *, seed: int) -> Iterator[str]:
+    """Yield sentences that sound like none held out, as often as the grammar draws them.
+
+    Without repetition the long ones would crowd out the short.
+    """
+    grammar = LANGUAGES[lang].grammar
+    held_out = {grammar.spoken_form(row.text) for part in ("dev", "test") for row in splits[Split(part, lang)]}
+    rng = random.Random(f"lm-{seed}" if lang == "en" else f"lm-{lang}-{seed}")
+    while True:
+        text = grammar.draw(rng).text
+        if grammar.spoken_form(text) not in held_out:
+            yield text
+
+
+def _evenly_mixed(lists: Iterable[list[str]]) -> list[str]:
+    """Merge lists so that each is spread evenly over the whole and keeps its order: shards hold equal shares."""
+    placed = [((i + 0.5) / len(items), item) for items in lists for i, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _manifests(out: Path, splits: Splits) -> dict[Path, list[str]]:
+    """Return the lines of every manifest; the languages share the one of training."""
+    lines = {
+        split: [
+            line
+            for chunk in _chunks(rows)
+            for line in _part(out, chunk).read_text(encoding="utf-8").splitlines(keepends=True)
+        ]
+        for split, rows in splits.items()
+    }
+    trained = _evenly_mixed(lines[split] for split in splits if split.part == "train")
+    held_out = {out / f"{split.name}.jsonl": lines[split] for split in splits if split.part != "train"}
+    return {out / "train.jsonl": trained, **held_out}
 
 
 # ---------------------------------------------------------------- speaking, in fresh processes
@@ -203,7 +191,7 @@ def _part(out: Path, chunk: list[Utterance]) -> Path:
     return out / "parts" / f"{chunk[0].key}.jsonl"
 
 
-def _speak(out: Path, splits: dict[str, list[Utterance]], *, seed: int, jobs: int) -> None:
+def _speak(out: Path, splits: Splits, *, seed: int, jobs: int) -> None:
     """Run the missing chunks, `jobs` at a time, each in its own process, and show how many utterances are done."""
     context = multiprocessing.get_context("spawn")
     said = context.Value("q", 0)
@@ -232,11 +220,11 @@ def _speak(out: Path, splits: dict[str, list[Utterance]], *, seed: int, jobs: in
 
 def _speak_chunk(out: Path, chunk: list[Utterance], seed: int, said) -> None:
     """Synthesise a chunk, put it in rooms and noise, write FLAC files and, last, the chunk's manifest lines."""
-    espeak = Espeak()
+    espeak, grammar = Espeak(), LANGUAGES[chunk[0].split.lang].grammar
     clean = []
     for row in chunk:
         wave = espeak.speak(
-            demo_text.spoken_form(row.text), voice=row.voice, words_per_minute=row.words_per_minute, pitch=row.pitch
+            grammar.spoken_form(row.text), voice=row.voice, words_per_minute=row.words_per_minute, pitch=row.pitch
         )
         clean.append(soxr.resample(_trim(wave.astype(np.float32) / 32768), espeak.sample_rate, SAMPLE_RATE))
     lines = []
@@ -244,7 +232,7 @@ def _speak_chunk(out: Path, chunk: list[Utterance], seed: int, said) -> None:
         rng = np.random.default_rng(zlib.crc32(f"{seed} {row.key}".encode()))
         others = [clean[i] for i in rng.permutation(len(clean)) if chunk[i].voice != row.voice][:4]
         wave = _in_the_world(clean[number], others, rng=rng)
-        path = Path("audio") / row.split / f"{row.key}.flac"
+        path = Path("audio") / row.split.name / f"{row.key}.flac"
         _write_flac(out / path, wave)
         lines.append(_manifest_line(row, path, len(wave)))
         with said.get_lock():
@@ -282,10 +270,10 @@ def _manifest_line(row: Utterance, path: Path, samples: int) -> str:
         "duration": samples / SAMPLE_RATE,
         "text": row.text,
         "speaker": row.voice,
-        "lang": "en",
+        "lang": row.split.lang,
         "keywords": list(row.keywords),
     }
-    return json.dumps(fields) + "\n"
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 # ---------------------------------------------------------------- files
@@ -303,8 +291,7 @@ def _make_ready(out: Path, settings: dict) -> None:
     if found is not None and found["settings"] != settings:
         for path in (out / name for name in WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for folder in ("parts", *(f"audio/{split}" for split in ("train", "dev", "test"))):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
     _write_stamp(out, settings, complete=False)
 
 
@@ -314,11 +301,12 @@ def _write_stamp(out: Path, settings: dict, *, complete: bool) -> None:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def _write_flac(path: Path, wave: np.ndarray) -> None:
     encoded = io.BytesIO()  # not straight to the file: libsndfile would sync each one to the disk, 5 ms
     soundfile.write(encoded, wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded.getvalue())

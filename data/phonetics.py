@@ -47,7 +47,7 @@ class _WordsOnly(dict):
 WORDS_ONLY = _WordsOnly()
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 11)
 def plain_letters(text: str) -> str:
     """Return a text as words only: lower case, full width made half, Latin letters without marks, no punctuation."""
     if text.isascii():
@@ -159,7 +159,7 @@ class SoundPool:
         return (self._by_key(word)[self._key_of_name] + self._by_letters(word, self._letters)) / 2
 
     def nearest(self, word: str, count: int) -> np.ndarray:
-        """Return the numbers of about the `count` nearest names, nearest first: 4 ms among 100,000.
+        """Return the numbers of about the `count` nearest names, nearest first: 20 ms among 100,000.
 
         Letters are compared only where the keys are among the nearest, which a name far by its key hardly ever is.
         """

@@ -21,6 +21,7 @@ ACCENTS = (
     "en-gb-x-rp",
     "en-us",
     "en-us-nyc",
+    "cmn",  # Mandarin; it reads simplified characters
 )
 # Variants that are meant to be human. Left out: robots, whispers, croaks, and Alicia, Lee and shelby, whose words a
 # nearest-neighbour comparison of cepstra with the other variants confuses in 10 to 34 % of cases (these: under 7 %).

@@ -14,6 +14,9 @@ from .joining import QUIET_WINDOW_S, window_powers
 
 SEARCH_SHARE = 0.2  # of a window, how far from its ideal end the quietest place may lie
 LEAST_SECONDS = 1.0
+# Root mean square of the loudest 25 ms, full scale 1: -66 dBFS. Recorded speech, even far away, lies well above; below
+# is digital silence and the noise of an open input, to which a language model would otherwise add words.
+SILENCE_RMS = 5e-4
 
 
 class Span(NamedTuple):
@@ -42,3 +45,10 @@ def split_windows(waveform_N: np.ndarray, *, sample_rate: int, window_seconds: f
         spans.append(Span(start, stop))
         start = stop
     return [*spans, Span(start, len(waveform_N))]
+
+
+def is_silent(waveform: np.ndarray, sample_rate: int) -> bool:
+    """Whether no 25 ms of it are louder than SILENCE_RMS."""
+    window = sample_rate // 40
+    padded = np.pad(waveform, (0, -len(waveform) % window)).reshape(-1, window)
+    return bool(np.sqrt(np.square(padded).mean(axis=1)).max() < SILENCE_RMS)

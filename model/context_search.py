@@ -82,20 +82,23 @@ class ContextScorer:
 
     def _ranked(self, heard_RV: Tensor, plain_RV: Tensor, context_JV: Tensor, gained_RV: Tensor | None) -> Tensor:
         """Return the paired rows' scores_JV: what survives pruning by `heard_RV`, scored by both halves."""
-        config, paired_J, V = self.config, self.paired_J, plain_RV.shape[1]
-        heard_JC, token_JC = heard_RV[paired_J].topk(min(config.context_top_k or V, V), dim=-1)
-        score_JC = blend(
-            plain_RV[paired_J].gather(1, token_JC),
-            context_JV.gather(1, token_JC),
-            alpha=config.context_alpha,
-            form=config.context_form,
-        )
+        row_N, token_N = self._survivors(heard_RV[self.paired_J]).nonzero(as_tuple=True)
+        place_N = self.paired_J[row_N], token_N
+        config, context_N = self.config, context_JV[row_N, token_N]
+        score_N = blend(plain_RV[place_N], context_N, alpha=config.context_alpha, form=config.context_form)
         if self.ctc is not None:
             assert gained_RV is not None
-            score_JC = self.ctc.mixed(score_JC, gained_RV[paired_J].gather(1, token_JC)).to(score_JC.dtype)
-        pruned_JC = heard_JC < heard_JC[:, :1] - config.context_prune
+            score_N = self.ctc.mixed(score_N, gained_RV[place_N]).to(score_N.dtype)
         nothing_JV = torch.full_like(context_JV, -math.inf)
-        return nothing_JV.scatter(1, token_JC, score_JC.masked_fill(pruned_JC, -math.inf))
+        return nothing_JV.index_put((row_N, token_N), score_N)
+
+    def _survivors(self, heard_JV: Tensor) -> Tensor:
+        """Return which tokens are in S."""
+        kept_JV = heard_JV >= heard_JV.amax(-1, keepdim=True) - self.config.context_prune
+        most = self.config.context_top_k
+        if most and int(kept_JV.sum(-1).max()) > most:  # a sort is dear, and the threshold mostly leaves fewer
+            kept_JV &= torch.zeros_like(kept_JV).scatter(1, heard_JV.topk(most, dim=-1).indices, True)
+        return kept_JV
 
 
 def blend(plain: Tensor, context: Tensor, *, alpha: float, form: str) -> Tensor:

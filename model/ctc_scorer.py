@@ -56,7 +56,7 @@ class CTCGains:
         bytes_NY, lengths_N = self._spoken(rows_N, token_RP.flatten())
         begun, place_N = self._first_two_bytes(rows_N, bytes_NY, lengths_N)
         gained_RP = (begun.score_R[place_N] - self.prefix.score_R[rows_N]).view_as(token_RP)
-        gained_RP = gained_RP.masked_fill((lengths_N == 0).view_as(gained_RP), -math.inf)
+        gained_RP = gained_RP.masked_fill(self.tokens.lengths_V[token_RP] == 0, -math.inf)
 
         C = min(self.candidates, token_RP.shape[1])
         best_RC = torch.cat([self.mixed(p.gather(1, token_RP), gained_RP).topk(C).indices for p in proposals], dim=1)
@@ -65,8 +65,9 @@ class CTCGains:
             begun.of(place_N[chosen_N]), rows_N[chosen_N], bytes_NY[chosen_N], lengths_N[chosen_N], first=2
         )
         gained_RC = whole.score_R.view_as(best_RC) - self.prefix.score_R[:, None]
-        gained_RC = gained_RC.masked_fill((lengths_N[chosen_N] == 0).view_as(best_RC), -math.inf)
-        gained_RV = gained_RC.new_full((R, V), -math.inf).scatter(1, token_RP.gather(1, best_RC), gained_RC)
+        token_RC = token_RP.gather(1, best_RC)
+        gained_RC = gained_RC.masked_fill(self.tokens.lengths_V[token_RC] == 0, -math.inf)
+        gained_RV = gained_RC.new_full((R, V), -math.inf).scatter(1, token_RC, gained_RC)
         gained_RV[:, self.end] = self.ctc.whole(self.prefix) - self.prefix.score_R
         return gained_RV
 

@@ -101,7 +101,7 @@ class Hypothesis:
 
 class StepScorer(Protocol):
     """Scores of the next token for a set of rows, each an utterance or a beam of one: log-probabilities, or sums of
-    them; -inf forbids a token. Rows of an utterance lie side by side."""
+    them; -inf forbids a token."""
 
     def start(self, prefixes: list[Any]) -> Tensor:
         """Begin with one row per prefix; return scores_RV of its first token."""

@@ -35,14 +35,16 @@ def llm_scorer(llm: PreTrainedModel) -> StepScorer:
 def takes_trees(llm: PreTrainedModel) -> bool:
     """Whether each query may be given its own set of columns and its own position.
 
-    Not with sliding windows, recurrent layers or any other cache than plain columns, with attention that takes no mask
-    (flash attention), or where columns stand for positions (ALiBi, an LM that takes no `position_ids`).
+    Not with sliding windows (GPT-Neo keeps them from its cache: `attention_types`), recurrent layers or any other cache
+    than plain columns, with attention that takes no mask (flash attention), or where columns stand for positions
+    (ALiBi, an LM that takes no `position_ids`).
     """
     config = llm.config.get_text_config()
     plain_columns = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     takes_positions = "position_ids" in inspect.signature(llm.get_decoder().forward).parameters
     masked = config._attn_implementation in ("sdpa", "eager")
-    return plain_columns and takes_positions and masked and not getattr(config, "alibi", False)
+    of_its_own = getattr(config, "alibi", False) or hasattr(config, "attention_types")
+    return plain_columns and takes_positions and masked and not of_its_own
 
 
 class TreeScorer:

@@ -7,5 +7,6 @@ STAGES: dict[str, str] = {
     "cluster_labels": "seedling.stages.cluster_labels:ClusterLabels",
     "sft": "seedling.stages.sft:SFT",
     "context_sft": "seedling.stages.context_sft:ContextSFT",
+    "tune_decoding": "seedling.stages.tune_decoding:TuneDecoding",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.batches import STAND_IN_KEY, PlannedBatches
 from ..data.text import TextBatch, TextCorpus, TextDataset, TextPlan
@@ -86,6 +87,7 @@ class LMPretrain:
             prompt_tokens=PromptTokens.of(cfg.prompts, tokenizer=self.tokenizer),
             start=start,
             ordinary=[token for token in range(len(self.tokenizer)) if token not in special],
+            separator=_separator(self.tokenizer),
             cfg=cfg.repetition,
         )
 
@@ -120,17 +122,23 @@ class LMPretrain:
 
     @torch.no_grad()
     def evaluate(self, model: RepeatingLM, batches: Iterable[TextBatch]) -> dict[str, tuple[float, float]]:
-        """Nats per token of plain sentences, and of the same sentences when they stand in the prompt."""
-        sums = {"loss_sentences": [0.0, 0], "loss_repetitions": [0.0, 0]}
+        """Nats per token of plain sentences, of the same when they stand in the prompt, and of unclear tokens of these
+        without a context and with one that lists them."""
+        sums = {name: [0.0, 0] for name in ("loss_sentences", "loss_repetitions", "loss_unclear", "loss_in_context")}
         for batch in batches:
             if batch.keys == [STAND_IN_KEY]:
                 continue  # there is nothing in it, or nothing that could be read
             ids = self._tokenize(batch)
             with torch.random.fork_rng():
                 seed_forward(0, batch.index)  # the same pseudo speech each time and on any rank: values compare
+                clear = model.as_repetitions(ids, has_context=False, is_unclear=False)
+                unclear = model.as_repetitions(ids, has_context=False, is_unclear=True)
+                listed = model.as_repetitions(ids, has_context=True, is_unclear=True)
                 losses = {
-                    "loss_sentences": model.losses(ids, [False] * len(ids))[0],
-                    "loss_repetitions": model.losses(ids, [True] * len(ids))[0],
+                    "loss_sentences": model.losses(ids, [None] * len(ids))[0],
+                    "loss_repetitions": model.losses(ids, clear)[0],
+                    "loss_unclear": _where(*model.losses(ids, unclear)),
+                    "loss_in_context": _where(*model.losses(ids, listed)),
                 }
             for name, nll_N in losses.items():
                 sums[name][0] += nll_N.sum().item()
@@ -143,6 +151,16 @@ class LMPretrain:
 
     def _tokenize(self, batch: TextBatch) -> list[list[int]]:
         return [tokenize(self.tokenizer, text) for text in batch.texts]
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids between two phrases of a list, as contexts have them: those of `, ` where a word follows."""
+    word = tokenize(tokenizer, "a")
+    return tokenize(tokenizer, "a, a")[len(word) : -len(word)]
+
+
+def _where(nll_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
+    return nll_N[chosen_N]
 
 
 def _lines(path: Path) -> Iterable[str]:

@@ -14,15 +14,13 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..data.audio import read_audio
+from ..data.windows import is_silent, require_window
 from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
+from .recogniser.listening import hear
 from .runtime.artifacts import load_artifact
 
 log = logging.getLogger(__name__)
-
-# Root mean square of the loudest 25 ms, full scale 1: -66 dBFS. Recorded speech, even far away, lies well above; below
-# is digital silence and the noise of an open input, to which a language model would otherwise add words.
-SILENCE_RMS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Recogniser:
         ctc_weight: float | None = None,
         context_search: str | None = None,
         context_alpha: float | None = None,
+        window_seconds: float = 0.0,
     ) -> list[Transcript]:
         """Return one transcript for each file or mono float array at `sample_rate`, in order.
 
@@ -69,7 +68,9 @@ class Recogniser:
         their own. `language` is a tag that the recogniser knows, for all or one for each. The settings of the search
         (model/decoding.py) are the recogniser's own where they are None. Silence gives empty text, whatever the
         context. AudioError names an unreadable file; of a context too long the end is left out, with a warning.
+        `window_seconds` decodes longer audio window by window (data/windows.py); 0 decodes all of it at once.
         """
+        require_window(window_seconds)
         items = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         if keywords is not None:
             if context is not None:
@@ -102,7 +103,7 @@ class Recogniser:
                 context=[contexts[i] for i in group],
                 language=[languages[i] for i in group],
             )
-            found |= dict(zip(group, self._decode(inputs, config)))
+            found |= dict(zip(group, self._decode(inputs, config, window_seconds)))
         return [found[i] for i in range(len(items))]
 
     def _waveform(self, item: str | Path | np.ndarray) -> np.ndarray:
@@ -124,19 +125,20 @@ class Recogniser:
                 groups.append([i])
         return groups
 
-    def _decode(self, inputs: BatchFeature, config: DecodeConfig) -> Iterator[Transcript]:
+    def _decode(self, inputs: BatchFeature, config: DecodeConfig, window_seconds: float) -> Iterator[Transcript]:
         device = self.model.device
-        nbests = self.model.transcribe_ids(
+        heard = hear(
+            self.model,
             inputs["waveforms"].to(device),
             inputs["lengths"].to(device),
             contexts_ids=inputs["contexts_ids"],
             languages=inputs["languages"],
             config=config,
+            window_seconds=window_seconds,
+            batch_seconds=self.batch_seconds,
         )
-        for hypotheses, samples in zip(nbests, inputs["lengths"].tolist()):
-            texts = tuple((self.processor.decode(h.ids), h.score) for h in hypotheses)
-            seconds = samples / self.sample_rate
-            yield Transcript(*texts[0], seconds=seconds, nbest=texts, complete=hypotheses[0].complete)
+        for (texts, complete), samples in zip(heard, inputs["lengths"].tolist()):
+            yield Transcript(*texts[0], seconds=samples / self.sample_rate, nbest=texts, complete=complete)
 
 
 def keyword_list(keywords: Sequence[str]) -> str:
@@ -155,13 +157,6 @@ def _one_each(value: str | Sequence[str | None] | None, items: list, *, name: st
     if len(values) != len(items):
         raise ValueError(f"{len(items)} pieces of audio and {len(values)} {name}s; give one {name}, or one each")
     return values
-
-
-def is_silent(waveform: np.ndarray, sample_rate: int) -> bool:
-    """Whether no 25 ms of it are louder than SILENCE_RMS."""
-    window = sample_rate // 40
-    padded = np.pad(waveform, (0, -len(waveform) % window)).reshape(-1, window)
-    return bool(np.sqrt(np.square(padded).mean(axis=1)).max() < SILENCE_RMS)
 
 
 def load(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .config import ContextsConfig
-from .corpus import CorpusFacts, Said, rare_words
-from .names import NamePool
+from .corpus import CorpusFacts, Said, language, rare_words
+from .names import NamePool, NamePools
 from .sidecar import UtteranceContext
 from .templates import ONE_BY_ONE, pick, shuffled, weighted, written, written_turns
 from .text import clean_context, contains, content_words, leaks
@@ -47,9 +47,9 @@ class Draft(NamedTuple):
 class Composer:
     """Drafts and writes the contexts of the utterances of one shard; `counts` says what happened."""
 
-    def __init__(self, cfg: ContextsConfig, facts: CorpusFacts, said: Sequence[Said], *, pool: NamePool | None = None):
+    def __init__(self, cfg: ContextsConfig, facts: CorpusFacts, said: Sequence[Said], *, pools: NamePools):
         self.cfg, self.said = cfg, said
-        self.pool = pool or NamePool(facts.names, weights=facts.weights, groups=facts.groups, lang=facts.lang)
+        self.pools = pools
         self.counts: Counter[str] = Counter()
         self._common = None if facts.common is None else frozenset(facts.common)
         self._keywords = [self._keywords_of(one) for one in said]
@@ -60,6 +60,9 @@ class Composer:
 
     def _keywords_of(self, said: Said) -> tuple[str, ...]:
         return said.keywords if self._common is None else rare_words(said.text, common=self._common)
+
+    def _pool(self, said: Said) -> NamePool:
+        return self.pools.of(language(said.lang))
 
     # --- what the context is made of
 
@@ -74,7 +77,7 @@ class Composer:
         size = least + int(rng.random() * (most - least + 1))
         core = tuple(shuffled(rng, keywords)[: self.cfg.max_keywords])
         if kind == "conflict":
-            core = tuple(alike for word in core if (alike := self.pool.alike(rng, word, text=said.text)))
+            core = tuple(alike for word in core if (alike := self._pool(said).alike(rng, word, text=said.text)))
         if kind in ("relevant", "history", "conflict") and not core:
             self.counts[f"{kind} became irrelevant"] += 1
             kind = "irrelevant"
@@ -88,15 +91,15 @@ class Composer:
         return self._with_names(draft, rng, number, size=size)
 
     def _with_names(self, draft: Draft, rng: random.Random, number: int, *, size: int) -> Draft:
-        said, keywords = draft.said, draft.keywords
+        said, keywords, pool = draft.said, draft.keywords, self._pool(draft.said)
         if draft.kind in ("relevant", "history"):
-            without = self.pool.confusable(keywords)
+            without = pool.confusable(keywords)
         else:
-            without = self.pool.said_in(said.text, keywords)
+            without = pool.said_in(said.text, keywords)
         if draft.kind == "irrelevant":
             count = min(max(1, len(keywords)), self.cfg.max_keywords)
-            draft = draft._replace(core=tuple(self.pool.decoys(rng, count, without=without)))
-        others = self.pool.choose(rng, size, near=draft.core, close_share=self.cfg.close_share, without=without)
+            draft = draft._replace(core=tuple(pool.decoys(rng, count, without=without)))
+        others = pool.choose(rng, size, near=draft.core, close_share=self.cfg.close_share, without=without)
         self.counts["lists shorter than asked for"] += len(others) < size
         draft = draft._replace(others=tuple(others))
         return draft if self.cfg.writer == "templates" else self._with_topic(draft, rng, number)
@@ -164,9 +167,8 @@ class Composer:
 
     def phrases_in(self, text: str, draft: Draft) -> tuple[str, ...]:
         """The names of the draft and of the pool that stand in a text."""
-        return tuple(
-            dict.fromkeys([*(name for name in draft.names if contains(text, name)), *self.pool.found_in(text)])
-        )
+        named = [name for name in draft.names if contains(text, name)]
+        return tuple(dict.fromkeys([*named, *self._pool(draft.said).found_in(text)]))
 
     def problem(self, draft: Draft, context: UtteranceContext) -> str | None:
         """Return why a text may not be the context that was drafted; None where it may."""
@@ -175,7 +177,7 @@ class Composer:
             return "leak"
         present = [contains(text, name) for name in draft.core]
         if draft.kind == "irrelevant":
-            unrelated = self.pool.is_unrelated(text, context.phrases, text=said.text, keywords=keywords)
+            unrelated = self._pool(said).is_unrelated(text, context.phrases, text=said.text, keywords=keywords)
             return None if text and unrelated else "related"
         if not (all(present) if draft.kind == "relevant" else any(present)):
             return "name missing"

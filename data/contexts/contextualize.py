@@ -25,7 +25,7 @@ from .answers import AnswerCache, Writer, ask, context_request, open_cache
 from .compose import Composer, Draft
 from .config import ContextsConfig
 from .corpus import ContextError, CorpusFacts, gather_facts, read_shard
-from .names import NamePool
+from .names import NamePools
 from .sidecar import (
     UtteranceContext,
     context_shard_name,
@@ -38,6 +38,7 @@ from .templates import SENTENCES
 FORMAT = 1  # raised when the same settings would give other contexts
 NOTES = ".contextualize"
 NOT_SETTINGS = ("jobs", "cache")  # change nothing of what is written
+WRITER_SETTINGS = {"endpoint": ("model", "parameters"), "llm": ("path", "max_new_tokens", "temperature", "top_p")}
 
 
 @dataclass
@@ -112,9 +113,9 @@ def _write_all(todo: list[ShardTask], make_writer: Callable[[], Writer] | None, 
 
 def write_shard(task: ShardTask, *, writer: Writer | None = None, cache: AnswerCache | None = None) -> None:
     """Write the contexts of a shard, then the note of what was counted."""
-    facts, pool = _facts_and_pool(task.out / NOTES / "facts.json")
+    facts, pools = _facts_and_pools(task.out / NOTES / "facts.json")
     texts = read_shard(task.shard, lang=facts.lang)
-    composer = Composer(task.cfg, facts, texts.said, pool=pool)
+    composer = Composer(task.cfg, facts, texts.said, pools=pools)
     drafts = [
         composer.draft(number, variant) for number in range(len(texts.said)) for variant in range(task.cfg.variants)
     ]
@@ -161,12 +162,12 @@ def _request(draft: Draft, *, attempt: int, cfg: ContextsConfig):
 
 
 @lru_cache(maxsize=1)
-def _read_facts(path: Path, _mtime_ns: int) -> tuple[CorpusFacts, NamePool]:
+def _read_facts(path: Path, _mtime_ns: int) -> tuple[CorpusFacts, NamePools]:
     facts = CorpusFacts.load(path)
-    return facts, NamePool(facts.names, weights=facts.weights, groups=facts.groups, lang=facts.lang)
+    return facts, NamePools(facts.names, groups=facts.groups)
 
 
-def _facts_and_pool(path: Path) -> tuple[CorpusFacts, NamePool]:
+def _facts_and_pools(path: Path) -> tuple[CorpusFacts, NamePools]:
     """The facts and the names by sound, once a process."""
     return _read_facts(path, path.stat().st_mtime_ns)
 
@@ -188,9 +189,13 @@ def _only_one(out: Path) -> Iterator[None]:
 
 
 def _settings(cfg: ContextsConfig) -> dict:
-    """Return what decides the contexts; of the writers, the one that writes."""
+    """Return what decides the contexts: of a language model what is asked, not where, how fast or how often."""
     kept = {name: value for name, value in asdict(cfg).items() if name not in NOT_SETTINGS}
-    return {name: value for name, value in kept.items() if name not in ("endpoint", "llm") or name == cfg.writer}
+    for writer, names in WRITER_SETTINGS.items():
+        asked = kept.pop(writer)
+        if cfg.writer == writer:
+            kept[writer] = {name: asked[name] for name in names}
+    return kept
 
 
 def _claim(out: Path, cfg: ContextsConfig, facts: CorpusFacts) -> str:

@@ -9,8 +9,7 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,11 +96,11 @@ def _meta(shard: Path, at: np.void, reader: PayloadReader) -> dict:
 class CorpusFacts:
     """What is known of the corpus: names for distractors, groups of sound-alikes, common words, a hash of its texts.
 
-    `weights` say how often each name is said; `common` is None where keywords are those of the shards.
+    `names` are those of each language that has enough of them, with how often each is said, and under "" all;
+    `common` is None where keywords are those of the shards.
     """
 
-    names: list[str]
-    weights: list[int]
+    names: dict[str, dict[str, int]]
     groups: list[list[str]]
     common: list[str] | None
     texts: str
@@ -116,9 +115,11 @@ class CorpusFacts:
 
 
 class _Gathered(NamedTuple):
+    """Of one shard: a hash of its texts; how often each (language, keyword) and each (language, word) is said."""
+
     digest: str
-    names: Counter[str]
-    words: Counter[str]
+    names: Counter[tuple[str, str]]
+    words: Counter[tuple[str, str]]
 
 
 def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFacts:
@@ -131,31 +132,47 @@ def gather_facts(corpus: Corpus, cfg: ContextsConfig, *, jobs: int) -> CorpusFac
     names = sum((one.names for one in ordered), Counter())
     common = None
     if cfg.keywords == "rare" or (cfg.keywords == "auto" and not names):
-        words = sum((one.words for one in ordered), Counter())
-        counted = _words_in(cfg.word_counts) or words
+        said = sum((one.words for one in ordered), Counter())
+        counted = Counter({(language(cfg.lang), word): n for word, n in _words_in(cfg.word_counts).items()}) or said
         common = _common_words(counted, cfg.rare_share)
-        words = words | counted  # a rare word of either is a distractor
-        names = Counter({word: words[word] for word in set(words) - set(common) if not _has_digit(word)})
+        known = set(common)
+        both = said | counted  # a rare word of either is a distractor
+        names = Counter({at: n for at, n in both.items() if at[1] not in known and not _has_digit(at[1])})
     if cfg.distractors:
-        names = Counter(dict.fromkeys(read_names(cfg.distractors), 1))
-    kept = _thinned(sorted(names), seed=cfg.seed)
-    if len(kept) <= cfg.list_size[1]:
+        names = Counter({("", name): 1 for name in read_names(cfg.distractors)})
+    texts = hashlib.sha256("".join(one.digest for one in ordered).encode()).hexdigest()
+    return CorpusFacts(_by_language(names, cfg), read_groups(cfg.sound_alikes), common, texts, cfg.lang)
+
+
+def language(tag: str) -> str:
+    """Return the language of a tag such as zh-CN, without region or script."""
+    return tag.lower().replace("_", "-").partition("-")[0]
+
+
+def _by_language(names: Counter[tuple[str, str]], cfg: ContextsConfig) -> dict[str, dict[str, int]]:
+    """Names of one language among those of another would tell by themselves what is spoken."""
+    grouped: dict[str, Counter[str]] = defaultdict(Counter)
+    for (lang, name), count in names.items():
+        grouped[lang][name] += count
+        if lang:
+            grouped[""][name] += count
+    kept = {lang: _thinned(grouped[lang], seed=cfg.seed) for lang in sorted(grouped)}
+    most = cfg.list_size[1]
+    if len(everyone := kept.get("", {})) <= most:
         source = cfg.distractors or "the corpus has them as keywords"
         raise ContextError(
-            f"list_size ({cfg.list_size[1]}) needs more names than the {len(kept)} there are ({source}); name a file "
-            "with a name a line in `distractors`, or make the lists shorter"
+            f"list_size ({most}) needs more names than the {len(everyone)} there are ({source}); name a file with a "
+            "name a line in `distractors`, or make the lists shorter"
         )
-    texts = hashlib.sha256("".join(one.digest for one in ordered).encode()).hexdigest()
-    groups = read_groups(cfg.sound_alikes)
-    return CorpusFacts(kept, [names[name] for name in kept], groups, common, texts, cfg.lang)
+    return {lang: some for lang, some in kept.items() if not lang or most < len(some) < len(everyone)}
 
 
 def _gather(task: tuple[Path, str]) -> _Gathered:
     shard, lang = task
     said = read_shard(shard, lang=lang).said
     digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
-    names = Counter(keyword for one in said for keyword in one.keywords)
-    words = Counter(word for one in said for word in spaced_words(one.text))
+    names = Counter((language(one.lang), keyword) for one in said for keyword in one.keywords)
+    words = Counter((language(one.lang), word) for one in said for word in spaced_words(one.text))
     advance(len(read_index(shard)))
     return _Gathered(digest, names, words)
 
@@ -180,11 +197,11 @@ def _words_in(file: str) -> Counter[str]:
     return counts
 
 
-def _common_words(counts: Counter[str], rare_share: float) -> list[str]:
+def _common_words(counts: Counter[tuple[str, str]], rare_share: float) -> list[str]:
     """Return the most frequent words that make up all but `rare_share` of the running text."""
     left = (1 - rare_share) * counts.total()
     common = []
-    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    for (_, word), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         left -= count
         if left < 0:
             break
@@ -233,7 +250,9 @@ def _open_text(file: str, *, option: str):
         raise ContextError(f"{option}: {file} cannot be read ({error.strerror}); name a text file") from None
 
 
-def _thinned(names: Sequence[str], *, seed: int) -> list[str]:
-    if len(names) <= MAX_NAMES:
-        return list(names)
-    return sorted(shuffled(random.Random(f"names-{seed}"), names)[:MAX_NAMES])
+def _thinned(names: Counter[str], *, seed: int) -> dict[str, int]:
+    """Return names in order of the alphabet, no more than MAX_NAMES."""
+    kept = sorted(names)
+    if len(kept) > MAX_NAMES:
+        kept = sorted(shuffled(random.Random(f"names-{seed}"), kept)[:MAX_NAMES])
+    return {name: names[name] for name in kept}

@@ -84,6 +84,8 @@ class EndpointWriter:
         key = os.environ.get(self.cfg.api_key_env, "").strip()
         if not key:
             raise ContextError(f"endpoint.api_key_env: the environment variable {self.cfg.api_key_env} is not set")
+        if not (key.isascii() and key.isprintable()):  # a library's error would show it
+            raise ContextError(f"endpoint.api_key_env: {self.cfg.api_key_env} holds characters that no key has")
         return key
 
     def write(self, requests: Sequence[Request], keep: Callable[[int, Answer], None]) -> None:
@@ -132,7 +134,7 @@ class EndpointWriter:
                 elif attempt < self.cfg.retries:
                     self._wait(min(self.cfg.backoff_s * 2**attempt, MAX_WAIT_S))
         if reason.answered:  # only this request gets nothing sensible: the templates will do
-            return None
+            return self._refuse(str(reason))
         raise ContextError(
             f"{self.url}: no answer in {self.cfg.retries + 1} tries (the last: {reason}); see that it runs there, set "
             "endpoint.base_url, or use writer=templates; the same command goes on, and asks nothing again that was "
@@ -154,7 +156,7 @@ class EndpointWriter:
         if status in AGAIN or status >= 500:
             raise _Again(f"status {status}{self._said(response)}", rest_s=_retry_after(response))
         if status in REFUSED:
-            return self._refuse(response)
+            return self._refuse(f"status {status}{self._said(response)}")
         if status != 200:
             raise ContextError(f"{self.url}: status {status}{self._said(response)}; {_way_out(status, self.cfg)}")
         answer = _answer(response)
@@ -162,14 +164,15 @@ class EndpointWriter:
             self._answered += 1
         return answer
 
-    def _refuse(self, response: httpx.Response) -> None:
+    def _refuse(self, why: str) -> None:
+        """Leave one request to the templates; an error where none has ever been answered."""
         with self._lock:
             self._refused += 1
             hopeless = self._refused >= MAX_REFUSED and not self._answered
         if hopeless:
             raise ContextError(
-                f"{self.url}: refuses every request: status {response.status_code}{self._said(response)}; see "
-                "endpoint.model and endpoint.parameters (null takes one out)"
+                f"{self.url}: answers nothing (the last: {why}); see endpoint.base_url, endpoint.model and "
+                "endpoint.parameters (null takes one out)"
             )
 
     def _said(self, response: httpx.Response) -> str:

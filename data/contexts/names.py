@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -19,6 +19,23 @@ from .text import contains, content_words, words_of
 
 MIN_NEAREST = 32  # nearest names that are looked at for a keyword
 TRIES = 20  # draws per wanted name before all names are gone through
+
+
+class NamePools:
+    """A pool for each language that has names enough, made when it is asked for; the others draw on all names."""
+
+    def __init__(self, names: Mapping[str, Mapping[str, int]], *, groups: Iterable[Sequence[str]] = ()):
+        self._names, self._groups = names, groups
+        self._pools: dict[str, NamePool] = {}
+
+    def of(self, lang: str) -> NamePool:
+        """Return the pool for utterances of a language."""
+        lang = lang if lang in self._names else ""
+        if lang not in self._pools:
+            names = self._names[lang]
+            weights = list(names.values())
+            self._pools[lang] = NamePool(list(names), weights=weights, groups=self._groups, lang=lang)
+        return self._pools[lang]
 
 
 class NamePool:
@@ -41,9 +58,9 @@ class NamePool:
         self._members: dict[str, list[str]] = defaultdict(list)
         for word, head in self.heads.items():
             self._members[head].append(word)
-        self.sounds = lru_cache(maxsize=50_000)(self._sounds_of)  # sound keys of the words of a text
+        self.sounds = lru_cache(maxsize=1 << 12)(self._sounds_of)  # sound keys of the words of a text
         self.whole_sound = lru_cache(maxsize=50_000)(self._whole_sound_of)  # `new ark` in one, so that it is `newark`
-        self._confusable = lru_cache(maxsize=50_000)(self._confusable_with)
+        self._confusable = lru_cache(maxsize=1 << 12)(self._confusable_with)
         self._plain = [plain_letters(name) for name in self.names]
         self._whole: dict[str, list[int]] = defaultdict(list)
         self._by_sound: dict[str, list[int]] = defaultdict(list)
@@ -56,7 +73,7 @@ class NamePool:
         for words in map(str.split, self._by_words):
             self._longest[words[0]] = max(self._longest[words[0]], len(words))
         self._sounds = SoundPool(self.names, lang=lang)
-        self._nearest = lru_cache(maxsize=50_000)(self._find_nearest)
+        self._nearest = lru_cache(maxsize=1 << 13)(self._find_nearest)
 
     def _sounds_of(self, text: str) -> frozenset[str]:
         return frozenset(sound_key(word, lang=self.lang) for word in words_of(spoken_words(text, groups=self.heads)))

@@ -45,14 +45,14 @@ def clean_context(text: str) -> str:
     return " ".join(text.translate(PRINTABLE).split())
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 11)
 def words_of(text: str) -> tuple[str, ...]:
     """Return the words of a text as they are compared: plain letters, each Chinese character a word."""
     plain = plain_letters(text)
     return tuple((plain if plain.isascii() else re.sub(HAN, r" \g<0> ", plain)).split())
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 11)
 def content_words(text: str) -> frozenset[str]:
     """Return the words that say what a text is about; of Chinese, its pairs of neighbouring characters."""
     words = words_of(text)

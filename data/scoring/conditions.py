@@ -49,7 +49,7 @@ class ConditionScores:
             found |= {f"{prefix}{lang}/{rate.metric}": rate.fraction for lang, rate in report.languages.items()}
             if condition in self.contexts:
                 found |= {prefix + name: value for name, value in _fractions(self.contexts[condition]).items()}
-            found[f"{prefix}rtf"] = report.rtf
+            found |= {f"{prefix}rtf": report.rtf, f"{prefix}peak_memory_gb": report.memory_gb}
         return {name: value for name, value in found.items() if value is not None and finite(value) is not None}
 
     def table(self) -> dict[str, dict[str, float | None]]:

@@ -1,6 +1,7 @@
 """The files of a scored set, and scoring again from them without the model.
 
-hyp.jsonl     one utterance a line: id, ref_raw, hyp_raw, ref, hyp, nbest, scores, seconds, rtf, lang, keywords, phrases
+hyp.jsonl     one utterance a line: id, ref_raw, hyp_raw, ref, hyp, nbest, scores, seconds, rtf, memory_gb, lang,
+              keywords, phrases
 hyp.trn       `text (utt)`, tokens of the headline unit, for sclite; ref.trn the same for references
 errs.txt      the lines that scripts look for: %WER, %SER, PER-UTT DETAILS, SUBSTITUTIONS, DELETIONS, INSERTIONS
 summary.json  rates as percent and as fraction, intervals, counts, the stamp, model hash, decode options; written last
@@ -100,6 +101,7 @@ def summarize(report: ScoreReport, *, model_hash: str | None = None, decode: Map
         "utterances": len(report.utterances),
         "seconds": report.seconds,
         "rtf": report.rtf,
+        "memory_gb": report.memory_gb,
         "bootstrap_seed": report.seed,
         "model_hash": model_hash,
         "decode": {name: _in_json(value) for name, value in decode.items()} if decode is not None else None,
@@ -153,6 +155,7 @@ def _record(line: str, *, where: str) -> ScoredUtterance:
             nbest=tuple(row.get("nbest") or ()),
             scores=tuple(row.get("scores") or ()),
             rtf=row.get("rtf"),
+            memory_gb=row.get("memory_gb"),
             lang=row.get("lang") or "",
             keywords=tuple(row.get("keywords") or ()),
             phrases=tuple(row.get("phrases") or ()),
@@ -175,6 +178,7 @@ def _hypothesis_rows(report: ScoreReport) -> Iterator[dict]:
             "scores": list(utterance.scores),
             "seconds": utterance.seconds,
             "rtf": utterance.rtf,
+            "memory_gb": utterance.memory_gb,
             "lang": utterance.lang,
             "keywords": list(utterance.keywords),
             "phrases": list(utterance.phrases),

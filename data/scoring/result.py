@@ -53,6 +53,7 @@ class ScoredUtterance:
     lang: str = ""
     keywords: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
+    memory_gb: float | None = None  # most memory in use while it was decoded, with the model and its batch
 
 
 class Stamp(NamedTuple):
@@ -107,6 +108,11 @@ class ScoreReport:
         """Decoding time over audio time, summed over the utterances that have both."""
         timed = [(u.rtf, u.seconds) for u in self.utterances if u.rtf is not None and u.seconds > 0]
         return sum(rtf * seconds for rtf, seconds in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+    @property
+    def memory_gb(self) -> float | None:
+        """The most memory that any utterance took, None if none was measured."""
+        return max((u.memory_gb for u in self.utterances if u.memory_gb is not None), default=None)
 
     def counts(self, index: int) -> ErrorCounts:
         return ErrorCounts(*self.counts_NC[index].tolist())

@@ -23,6 +23,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     evaluate_.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate_.set_defaults(action=evaluate)
 
+    tune = commands.add_parser("tune-decoding", help="choose how much a recogniser trusts contexts, on a dev set")
+    tune.add_argument("artifact")
+    tune.add_argument("--data", required=True, metavar="DIR", help="folder of shards, not those of a test")
+    tune.add_argument("--right", required=True, metavar="DIR", help="folder of contexts with the names that are said")
+    tune.add_argument("--wrong", required=True, metavar="DIR", help="folder of contexts without them")
+    tune.add_argument("--out", required=True, metavar="DIR", help="the results go to DIR/artifact")
+    tune.add_argument("--config", metavar="F", help="a YAML of the stage tune_decoding")
+    tune.add_argument("--nproc", type=int, default=1)
+    tune.add_argument("overrides", nargs="*", metavar="key=value")
+    tune.set_defaults(action=tune_decoding)
+
     transcribe_ = commands.add_parser("transcribe", help="print the transcript of audio files, one line each")
     transcribe_.add_argument("artifact")
     transcribe_.add_argument("files", nargs="+", help="wav, flac, ogg or mp3 of any rate; patterns such as 'a/*.wav'")
@@ -41,6 +52,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     transcribe_.add_argument("--beam-size", type=int, help="1 is greedy (default: the recogniser's own)")
     transcribe_.add_argument("--ctc-weight", type=float, help="share of the CTC head (default: the recogniser's own)")
+    transcribe_.add_argument(
+        "--window-seconds", type=float, default=0.0, help="decode longer audio window by window (default: all at once)"
+    )
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
@@ -59,24 +73,40 @@ def artifact_folder(path: str) -> Path:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run the stage evaluate on an artifact and print its metrics."""
+    result = _on_artifact("evaluate", arguments, given={"data": arguments.data})
+    if isinstance(result, int):
+        return result
+    print(f"report: {result.path}")
+    return 0
+
+
+def tune_decoding(arguments: argparse.Namespace) -> int:
+    """Run the stage tune_decoding on an artifact; print its metrics and the settings that it has chosen."""
+    given = {name: getattr(arguments, name) for name in ("data", "right", "wrong")}
+    result = _on_artifact("tune_decoding", arguments, given=given)
+    if isinstance(result, int):
+        return result
+    print(f"table: {result.path}/tuning.md, figure: {result.path}/tuning.svg")
+    print(" ".join(json.loads((result.path / "tuning.json").read_text())["overrides"]))
+    return 0
+
+
+def _on_artifact(stage: str, arguments: argparse.Namespace, *, given: dict[str, str]) -> Any:
+    """Run a stage on an artifact and print its metrics. Return its result, or the exit code of one that failed."""
     from ...stages.runtime.artifacts import load_artifact
     from ..pipeline import shown
     from ..pipeline_config import yaml_argument
     from .stages import run_on
 
-    given = {
-        "run_dir": arguments.out,
-        "inputs.acllm": str(artifact_folder(arguments.artifact)),
-        "data": arguments.data,
-    }
+    given = {"run_dir": arguments.out, "inputs.acllm": str(artifact_folder(arguments.artifact)), **given}
     overrides = [f"{key}={yaml_argument(value)}" for key, value in given.items()]
-    code = run_on("evaluate", arguments.config, overrides=[*overrides, *arguments.overrides], nproc=arguments.nproc)
-    if code == 0:
-        result = load_artifact(Path(arguments.out) / "artifact", verify=False)
-        for name, value in result.metrics.items():
-            print(f"{name}\t{shown(name, value)}")
-        print(f"report: {result.path}")
-    return code
+    code = run_on(stage, arguments.config, overrides=[*overrides, *arguments.overrides], nproc=arguments.nproc)
+    if code:
+        return code
+    result = load_artifact(Path(arguments.out) / "artifact", verify=False)
+    for name, value in result.metrics.items():
+        print(f"{name}\t{shown(name, value)}")
+    return result
 
 
 def transcribe(arguments: argparse.Namespace) -> int:
@@ -91,6 +121,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
         "ctc_weight": arguments.ctc_weight,
         "context_search": arguments.context_search,
         "context_alpha": arguments.context_alpha,
+        "window_seconds": arguments.window_seconds,
     }
     recogniser = load(artifact_folder(arguments.artifact))
     failed = 0

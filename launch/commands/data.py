@@ -12,7 +12,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     corpus = commands.add_parser("demo-corpus", help="synthesise the demo's spoken corpus with espeak-ng")
     corpus.add_argument("--out", required=True, metavar="DIR")
     corpus.add_argument("--hours", type=float, default=2.0, help="hours of training audio (default 2)")
-    corpus.add_argument("--heldout-utterances", type=int, default=300, help="utterances in dev and in test (300)")
+    corpus.add_argument("--mandarin-hours", type=float, default=0.5, help="and of Mandarin (0.5); 0 leaves it out")
+    corpus.add_argument(
+        "--heldout-utterances", type=int, default=300, help="in dev and in test (300), of Mandarin a third"
+    )
     corpus.add_argument("--lm-sentences", type=int, default=60_000, help="sentences of text for lm_pretrain (60000)")
     corpus.add_argument("--seed", type=int, default=0)
     corpus.add_argument("--jobs", type=int, default=cores)
@@ -46,18 +49,25 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def demo_corpus(arguments: argparse.Namespace) -> None:
-    """Generate the demo's corpus and print where it lies."""
-    from ...data.demo_corpus import generate
+    """Generate the demo's corpus and print what is in it."""
+    from ...data.demo_corpus import MANIFESTS, generate, statistics
 
     out = generate(
         Path(arguments.out),
         hours=arguments.hours,
+        mandarin_hours=arguments.mandarin_hours,
         heldout_utterances=arguments.heldout_utterances,
         lm_sentences=arguments.lm_sentences,
         seed=arguments.seed,
         jobs=arguments.jobs,
     )
-    print(f"{out}: demo corpus")
+    for manifest in (out / name for name in MANIFESTS if (out / name).exists()):
+        for lang, found in statistics(manifest).items():
+            print(
+                f"{manifest}: {lang}, {found.utterances:,} utterances, {found.hours:.2f} h, "
+                f"{found.mean_seconds:.1f} s each, {found.words_per_second:.1f} words a second, "
+                f"vocabulary {found.vocabulary}, {found.voices} voices"
+            )
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +94,14 @@ def mean_metrics(sums: Metrics, *, world: World) -> dict[str, float]:
         add_metrics(total, share)
     values |= {name: value / count for name, (value, count) in total.items() if count}
     return dict(sorted(values.items()))
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin anew. Where the system does not allow it, the peak stays that of the whole process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is set to what is in use now
 
 
 def peak_memory_gb() -> float:

@@ -5,20 +5,25 @@ import random
 import numpy as np
 import pytest
 
-from seedling.data.demo_text import HOMOPHONES, SLOTS
+from seedling.data.demo_text import ENGLISH
 from seedling.data.phonetics import SoundPool, plain_letters, sound_distance, sound_groups, sound_key, sounds_like
 
-NAMES = [*SLOTS["distinct"], *SLOTS["city"], *SLOTS["last"], *(group[0] for group in HOMOPHONES)]
+NAMES = [
+    *ENGLISH.slots["distinct"],
+    *ENGLISH.slots["city"],
+    *ENGLISH.slots["last"],
+    *(group[0] for group in ENGLISH.homophones),
+]
 
 
 def test_the_demos_homophones_sound_alike_with_its_groups_and_mostly_without():
-    pairs = [(a, b) for group in HOMOPHONES for a in group for b in group]
-    assert all(sounds_like(a, b, groups=HOMOPHONES) for a, b in pairs)
+    pairs = [(a, b) for group in ENGLISH.homophones for a in group for b in group]
+    assert all(sounds_like(a, b, groups=ENGLISH.homophones) for a, b in pairs)
     assert sum(sounds_like(a, b) for a, b in pairs) > 0.85 * len(pairs)
 
 
 def test_names_of_different_groups_do_not_sound_alike():
-    groups = sound_groups(HOMOPHONES)
+    groups = sound_groups(ENGLISH.homophones)
     heard = [(a, b) for a in NAMES for b in NAMES if a != b and sounds_like(a, b, groups=groups)]
     assert heard == [], "these would be taken for one another"
 
@@ -81,3 +86,14 @@ def test_the_distances_of_a_pool_are_those_of_its_names():
         assert np.allclose(pool.distances(word), [sound_distance(name, word) for name in NAMES], atol=1e-6)
     order = [pool.names[i] for i in np.argsort(pool.distances("martin"))]
     assert order[0] == "martinez" and order.index("mark" if "mark" in order else "marc") < order.index("dublin")
+
+
+def test_the_nearest_of_many_are_the_nearest_of_all():
+    rng = random.Random(4)
+    syllables = [a + b for a in "bcdfghjklmnprst" for b in "aeiou"]
+    pool = SoundPool(sorted({"".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(5000)}))
+    for word in rng.sample(pool.names, 10):
+        distances = pool.distances(word)
+        found = pool.nearest(word, 20)
+        assert pool.names[found[0]] == word and np.all(np.diff(distances[found]) >= 0)
+        assert distances[found[-1]] <= np.sort(distances)[40]

@@ -1,11 +1,13 @@
 """espeak-ng speaks through ctypes, obeys pace and pitch, and refuses voices that it would only pretend to have."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from seedling.data import synthesis
+from seedling.data.demo_text_zh import MANDARIN
 from seedling.data.synthesis import ACCENTS, VARIANTS, Espeak
 
 TEXT = "set a timer for twenty five minutes"
@@ -69,3 +71,14 @@ def test_missing_package_is_one_line_with_the_command(monkeypatch):
     with pytest.raises(ValueError, match=r"pip install seedling\[demo\]") as error:
         synthesis.import_loader()
     assert "\n" not in str(error.value)
+
+
+def test_every_character_of_the_mandarin_grammar_is_read_as_one_syllable(espeak):
+    texts = [text for items in MANDARIN.slots.values() for text in items]
+    texts += [text for intent in MANDARIN.intents.values() for text in intent.templates]
+    characters = sorted(set(re.sub(r"\{\w+\}", "", "".join(texts))))
+    assert len(characters) > 100
+    seconds = {c: len(espeak.speak(c, voice="cmn", words_per_minute=150)) / espeak.sample_rate for c in characters}
+    # A character that the dictionary does not have is described in words instead.
+    assert len(espeak.speak("\U00020086", voice="cmn", words_per_minute=150)) / espeak.sample_rate > 1.5
+    assert {c: length for c, length in seconds.items() if not 0.1 < length < 1.0} == {}

@@ -42,6 +42,25 @@ def test_frequent_words_become_one_token(tokenizer):
     assert [len(tokenizer(word).input_ids) for word in ("Kaitlyn", "kitchen", "call")] == [1, 1, 1]
 
 
+def test_a_character_without_spaces_is_one_token_with_one_spelling_wherever_it_stands():
+    tokenizer = train_bpe([*SENTENCES, *["打开厨房的灯", "关上厨房的灯", "开灯", "play 音乐 now"] * 5], vocab_size=400)
+    alone = {character: tokenizer(character).input_ids for character in "打开厨房的灯关上音乐"}
+    assert {len(ids) for ids in alone.values()} == {1}
+    text = "关上厨房灯打开的"
+    assert tokenizer(text).input_ids == [token for character in text for token in alone[character]]
+    assert alone["音"][0] in tokenizer("call 音乐").input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_no_token_joins_parts_of_two_characters():
+    sentences = ["今天天气怎么样", "明天天气好", "今天好"]
+    tokenizer = train_bpe(sentences * 50, vocab_size=1000)
+    assert len(tokenizer) < 300  # where characters were joined, whole sentences would be tokens by now
+    for text in [*sentences, "张天气今好明"]:
+        by_character = [token for character in text for token in tokenizer(character).input_ids]
+        assert tokenizer(text).input_ids == by_character
+
+
 def test_special_tokens_come_first_and_are_never_part_of_a_text(tokenizer):
     assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [PAD, BOS, EOS]

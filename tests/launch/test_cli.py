@@ -18,7 +18,20 @@ from seedling.launch.errors import report_errors
 from seedling.launch.stage_lookup import find_config, load_stage
 
 HERE = Path(__file__).parent
-COMMANDS = ["prepare", "index", "check-data", "show", "check", "run", "pipeline", "evaluate", "transcribe", "inspect"]
+COMMANDS = [
+    "prepare",
+    "contextualize",
+    "index",
+    "check-data",
+    "show",
+    "check",
+    "run",
+    "pipeline",
+    "evaluate",
+    "tune-decoding",
+    "transcribe",
+    "inspect",
+]
 # In front of what is there: a checkout that is only on the path must not be tested with another one's processes.
 PATHS = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}

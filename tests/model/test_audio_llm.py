@@ -9,7 +9,7 @@ from torch import nn
 from seedling.model.audio_llm import AudioLLM
 from seedling.model.converter import ConverterConfig
 from seedling.model.llm import LoraSettings, add_lora, has_lora
-from seedling.model.llm_scorer import RowScorer
+from seedling.model.llm_scorer import llm_scorer
 from seedling.model.prompt import PromptConfig
 
 FAMILIES = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe"]
@@ -50,7 +50,7 @@ def test_left_padding_as_in_decoding_gives_the_logits_of_right_padding_as_in_tra
     transcripts = [[10, 11, 12], [13, 20, 21], [14, 15, 16], [7, 8, 9]]
     with torch.no_grad():
         trained = model(*batch, transcripts, CONTEXTS, return_logits=True).logits_NV.view(4, 4, -1).log_softmax(-1)
-        scorer = RowScorer(model.llm)
+        scorer = llm_scorer(model.llm)
         steps = [scorer.start(model.build_prompt(model.encode_speech(*batch), CONTEXTS))]
         steps += [scorer.step(torch.tensor(column)) for column in zip(*transcripts)]
     torch.testing.assert_close(torch.stack(steps, dim=1), trained, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from seedling.model.ctc_prefix import token_bytes
 from seedling.model.decoding import DecodeConfig, Hypothesis, decode
-from seedling.model.llm_scorer import RowScorer
+from seedling.model.llm_scorer import llm_scorer
 
 END = 1
 FAMILIES = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe", "gemma2"]
@@ -34,7 +34,7 @@ def make_end_likely(llm, *, by: float) -> None:
 def search(llm, prefixes, *, limits: list[int] | None = None, **config) -> list[list[Hypothesis]]:
     config = DecodeConfig(**config)
     limits = limits or [config.max_new_tokens] * len(prefixes)
-    return decode(RowScorer(llm), prefixes, limits=limits, end=END, config=config)
+    return decode(llm_scorer(llm), prefixes, limits=limits, end=END, config=config)
 
 
 @torch.no_grad()

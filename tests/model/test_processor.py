@@ -54,6 +54,13 @@ def test_text_comes_back_from_its_ids(processor):
     assert processor.batch_decode([torch.tensor([*row, end, end]) for row in ids]) == texts
 
 
+def test_a_transcript_that_ends_within_a_character_shows_what_is_missing(processor):
+    ids = processor(text=["call 北京"])["transcripts_ids"][0]
+    texts = [processor.decode(ids[:end]) for end in range(len(ids), 0, -1)]
+    torn = [text for text in texts if text.endswith("\ufffd")]
+    assert texts[0] == "call 北京" and torn and all("call 北京".startswith(text.strip("\ufffd")) for text in torn)
+
+
 def test_an_absent_or_empty_context_has_no_ids(processor):
     contexts = processor(context=["names: Kaitlyn", "", None])["contexts_ids"]
     assert contexts[1] is contexts[2] is None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seedling.model.prompt import PromptTokens
-from seedling.model.repetition import PseudoSpeech, RepeatingLM, RepetitionConfig
+from seedling.model.repetition import ContextDraw, Heard, PseudoSpeech, RepeatingLM, RepetitionConfig
 
 VOCABULARY, WIDTH = 40, 16
 ORDINARY = list(range(3, VOCABULARY))
@@ -117,6 +117,8 @@ def test_gradients_reach_the_embeddings_of_what_is_heard(embeddings):
         ({"drop": -0.1}, "repetition.drop is -0.1"),
         ({"max_hold": 0}, r"repetition.max_hold \(0\)"),
         ({"max_blanks": -1}, r"max_blanks \(-1\)"),
+        ({"span_lengths": []}, r"span_lengths is \[\]"),
+        ({"span_lengths": [1, 0]}, r"span_lengths is \[1, 0\]"),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting, said):
@@ -124,7 +126,63 @@ def test_a_setting_out_of_range_is_named(setting, said):
         RepetitionConfig(**setting)
 
 
+# ---- contexts and what is unclear
+
+
+def drawn(sentence: list[int], others: list[list[int]], *, has_context=True, is_unclear=True, **settings) -> Heard:
+    draw = ContextDraw(RepetitionConfig(**settings), separator=[4])
+    return draw(sentence, others, has_context=has_context, is_unclear=is_unclear)
+
+
+def test_a_context_lists_every_unclear_span_among_spans_of_other_sentences():
+    sentence, other = list(range(10, 20)), list(range(30, 38))
+    places = set()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        context_ids, unclear = drawn(sentence, [other], max_distractors=3)
+        assert {t for t, is_unclear in zip(sentence, unclear) if is_unclear} == {
+            t for t in context_ids if t in sentence
+        }
+        foreign = [t for t in context_ids if t in other]
+        assert foreign and set(context_ids) <= {4, *sentence, *other} and 4 not in (context_ids[0], context_ids[-1])
+        places.add(context_ids.index(foreign[0]) == 0)
+    assert places == {True, False}, "where the sentence's own spans stand must not give them away"
+
+
+def test_spans_are_as_long_as_asked_for():
+    sentence, other = list(range(10, 30)), list(range(40, 60))
+    found = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        context_ids, _ = drawn(sentence, [other], is_unclear=False, max_distractors=1, span_lengths=[3, 5])
+        found.add(len(context_ids))
+    assert {3, 5} <= found <= {1, 2, 3, 4, 5}, "a span is shorter only at the end of its sentence"
+
+
+def test_without_a_context_words_can_be_unclear_and_with_one_need_not_be():
+    torch.manual_seed(0)
+    alone = drawn([10, 11, 12], [[30]], has_context=False)
+    assert alone.context_ids is None and any(alone.unclear)
+    foreign = drawn([10, 11, 12], [[30, 31]], is_unclear=False)
+    assert not any(foreign.unclear) and foreign.context_ids and not {10, 11, 12} & set(foreign.context_ids)
+
+
+def test_unclear_tokens_are_heard_as_anything_between_themselves_and_another(embeddings):
+    speech, weights = pseudo_speech(**PLAIN, max_hold=1, max_blanks=0), []
+    torch.manual_seed(2)
+    for _ in range(300):
+        clear_L, unclear_L = speech([5, 9], embeddings, [False, True])
+        assert torch.equal(clear_L, embeddings.weight[5])
+        weights.append(float((unclear_L - embeddings.weight[9]).detach().norm()))
+    assert min(weights) < 0.3 and max(weights) > 4.0
+
+
 # ---- the LM with its loss
+
+
+def clearly(sentence: list[int]) -> Heard:
+    """A repetition without a context, of which every token is clear."""
+    return Heard(None, [False] * len(sentence))
 
 
 @pytest.fixture
@@ -135,37 +193,47 @@ def repeating(tiny_llm):
         llm = tiny_llm()
         tokens = PromptTokens(instruction=[5, 6, 7], instruction_with_context=[8], after=[9], end=1)
         ordinary = list(range(3, llm.config.vocab_size))
-        return RepeatingLM(llm, prompt_tokens=tokens, start=2, ordinary=ordinary, cfg=RepetitionConfig(**settings))
+        cfg = RepetitionConfig(**settings)
+        return RepeatingLM(llm, prompt_tokens=tokens, start=2, ordinary=ordinary, separator=[4], cfg=cfg)
 
     return make
 
 
 def test_a_plain_sentence_has_the_loss_of_the_llm_itself(repeating):
     model, sentence = repeating(), [20, 21, 22]
-    nll_N, heard_N = model.losses([sentence], [False])
+    nll_N, unclear_N = model.losses([sentence], [None])
     logits = model.llm(torch.tensor([[2, *sentence]])).logits[0]
     expected = nn.functional.cross_entropy(logits, torch.tensor([*sentence, 1]), reduction="none")
     torch.testing.assert_close(nll_N, expected)
-    assert not heard_N.any()
+    assert not unclear_N.any()
 
 
 def test_a_repetition_has_the_loss_of_the_whole_prompt_written_out(repeating):
     model, sentence = repeating(**PLAIN, max_hold=1, max_blanks=0), [20, 21, 22]
-    nll_N, heard_N = model.losses([sentence], [True])
+    nll_N, unclear_N = model.losses([sentence], [clearly(sentence)])
     prompt = [5, 6, 7, *sentence, 9]
     logits = model.llm(torch.tensor([[*prompt, *sentence]])).logits[0, len(prompt) - 1 :]
     expected = nn.functional.cross_entropy(logits, torch.tensor([*sentence, 1]), reduction="none")
     torch.testing.assert_close(nll_N, expected)
-    assert heard_N.all()
+    assert not unclear_N.any()
+
+
+def test_a_context_stands_between_its_instruction_and_the_speech(repeating):
+    model, sentence = repeating(**PLAIN, max_hold=1, max_blanks=0), [20, 21, 22]
+    nll_N, _ = model.losses([sentence], [clearly(sentence)._replace(context_ids=[30, 4, 31])])
+    prompt = [8, 30, 4, 31, *sentence, 9]
+    logits = model.llm(torch.tensor([[*prompt, *sentence]])).logits[0, len(prompt) - 1 :]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([*sentence, 1]), reduction="none")
+    torch.testing.assert_close(nll_N, expected)
 
 
 def test_a_batch_of_both_kinds_has_the_losses_of_one_by_one(repeating):
     model = repeating(**PLAIN, max_hold=1, max_blanks=0)
-    sentences, repeats = [[20, 21, 22], [30], [40, 41], []], [True, False, False, True]
-    nll_N, heard_N = model.losses(sentences, repeats)
-    singly = [model.losses([s], [r]) for s, r in zip(sentences, repeats)]
-    torch.testing.assert_close(nll_N, torch.cat([nll for nll, _ in singly]), rtol=1e-4, atol=1e-5)
-    assert heard_N.tolist() == [True] * 4 + [False] * 2 + [False] * 3 + [True]
+    sentences = [[20, 21, 22], [30], [40, 41], []]
+    heard = [clearly(sentences[0]), None, None, Heard(None, [])]
+    nll_N, _ = model.losses(sentences, heard)
+    singly = [model.losses([s], [how])[0] for s, how in zip(sentences, heard)]
+    torch.testing.assert_close(nll_N, torch.cat(singly), rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_of_repetitions_and_the_count_of_losses_are_as_configured(repeating):

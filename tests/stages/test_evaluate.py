@@ -179,6 +179,7 @@ def textless(tmp_path):
         (["decode.beam_size=wide"], "override decode.beam_size=wide: expected int"),
         (["contexts.right=/nowhere"], "/nowhere: no finished contexts here"),
         (["contexts.none=/nowhere"], "contexts.none"),
+        (["tell_language=true"], "was trained without prompts.languages"),
         (["max_echo.wrong=0.1"], "there is no contexts.wrong"),
         (["contexts.wrong=/nowhere", "max_echo.wrong=2"], "max_echo.wrong (2)"),
         (["inputs.acllm=SHARDS"], "manifest.json"),
@@ -204,3 +205,22 @@ def test_silence_counts_what_a_language_model_says_by_itself(evaluation, tmp_pat
     (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "id": "b"}) + "\n")
     prepare(tmp_path / "m.jsonl", tmp_path / "shards")
     assert load_artifact(evaluation(data=tmp_path / "shards")).metrics["wer"] > 0
+
+
+def test_joined_utterances_are_scored_whole_and_by_windows_and_their_memory_is_known(evaluation, one_each):
+    joined = ["concat.share=1", "concat.by=corpus", "concat.min_seconds=3", "concat.max_seconds=6"]
+    whole = evaluation(*joined, data=one_each)
+    windowed = evaluation(*joined, "window_seconds=1.5", data=one_each)
+    single = hypotheses(evaluation(data=one_each))
+    rows, pieces = hypotheses(whole), hypotheses(windowed)
+    assert rows.keys() == pieces.keys() and len(rows) < len(single)
+    assert all(rows[key]["ref_raw"] == pieces[key]["ref_raw"] for key in rows)
+    said = sorted(word for row in rows.values() for word in row["ref_raw"].split())
+    assert said == sorted(word for row in single.values() for word in row["ref_raw"].split())
+    assert all(0 < row["memory_gb"] < 100 for row in rows.values())
+    assert load_artifact(whole).metrics["peak_memory_gb"] == max(row["memory_gb"] for row in rows.values())
+
+
+def test_contexts_of_single_utterances_do_not_fit_joined_ones(evaluation):
+    with pytest.raises(ValueError, match=r"concat.share is 1.0 and there are contexts"):
+        evaluation("concat.share=1", "contexts.right=somewhere")

@@ -12,8 +12,8 @@ import tiny_runs
 
 from seedling import load
 from seedling.data.audio import AudioError
+from seedling.data.windows import SILENCE_RMS, is_silent, split_windows
 from seedling.launch.cli import main
-from seedling.stages.transcribe import SILENCE_RMS, is_silent
 
 RATE = tiny_runs.SAMPLE_RATE
 
@@ -79,6 +79,22 @@ def test_groups_hold_at_most_the_batch_seconds_of_padded_audio(recogniser):
     assert sorted(i for group in groups for i in group) == list(range(6))
     # One longer than the limit goes alone.
     assert all(len(g) == 1 or len(g) * max(len(waves[i]) for i in g) <= 10 * RATE for g in groups), groups
+
+
+def test_windows_are_heard_as_if_they_were_files_and_silent_ones_not_at_all(recogniser, known):
+    gap = np.zeros(RATE // 2, np.float32)
+    long = np.concatenate([piece for _, wave in known[::8] for piece in (wave, gap)] + [np.zeros(3 * RATE, np.float32)])
+    spans = split_windows(long, sample_rate=RATE, window_seconds=1.5)
+    assert len(spans) > 4 and is_silent(long[slice(*spans[-1])], RATE)
+    apart = recogniser.transcribe([long[slice(*span)] for span in spans])
+    other = known[3][1]
+    first, windowed, last = recogniser.transcribe([other, long, other], window_seconds=1.5)
+    assert windowed.text == " ".join(piece.text for piece in apart if piece.text)
+    assert windowed.seconds == pytest.approx(len(long) / RATE) and len(windowed.nbest) == 1
+    assert windowed.score == pytest.approx(sum(piece.score for piece in apart), abs=1e-2)
+    assert first.text == last.text == recogniser.transcribe(other)[0].text
+    with pytest.raises(ValueError, match=r"window_seconds \(0.2\)"):
+        recogniser.transcribe(long, window_seconds=0.2)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-5, 3e-4])

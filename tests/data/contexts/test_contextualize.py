@@ -14,7 +14,7 @@ from seedling.data.contexts.contextualize import contextualize
 from seedling.data.contexts.corpus import ContextError
 from seedling.data.contexts.sidecar import Contexts
 from seedling.data.contexts.text import FUNCTION_WORDS, clean_context, contains, leaks, words_of
-from seedling.data.demo_text import HOMOPHONES
+from seedling.data.demo_text import ENGLISH
 from seedling.data.phonetics import sounds_like
 
 ENTRIES = demo_entries(600)
@@ -23,7 +23,7 @@ ENTRIES = demo_entries(600)
 @pytest.fixture(scope="module")
 def homophones(tmp_path_factory):
     file = tmp_path_factory.mktemp("groups") / "homophones.json"
-    file.write_text(json.dumps(HOMOPHONES))
+    file.write_text(json.dumps(ENGLISH.homophones))
     return str(file)
 
 
@@ -74,7 +74,9 @@ def test_irrelevant_contexts_have_nothing_of_the_utterance_by_word_or_sound(trai
             assert not {*phrase.split()} & {*said}
         for keyword in entry["keywords"]:
             for part in {keyword, *keyword.split()}:
-                heard = [word for word in {*written, *context.phrases} if sounds_like(word, part, groups=HOMOPHONES)]
+                heard = [
+                    word for word in {*written, *context.phrases} if sounds_like(word, part, groups=ENGLISH.homophones)
+                ]
                 assert not heard, (entry, context)
 
 
@@ -82,7 +84,7 @@ def test_a_conflict_has_a_sound_alike_of_a_keyword_and_no_keyword(training):
     for entry, context in of_kind(training, "conflict"):
         assert not any(contains(context.text, keyword) for keyword in entry["keywords"])
         assert any(
-            sounds_like(phrase, keyword, groups=HOMOPHONES)
+            sounds_like(phrase, keyword, groups=ENGLISH.homophones)
             for phrase in context.phrases
             for keyword in entry["keywords"]
         )
@@ -160,6 +162,19 @@ def test_all_contexts_of_an_all_wrong_condition_are_irrelevant(shards, homophone
         "contexts": 600,
         "irrelevant": 600,
     }
+
+
+def test_names_of_another_language_are_no_distractors(tmp_path):
+    """Else the one name in the utterance's script would be the one that is spoken."""
+    surnames, given = "张王李刘陈", "伟敏芳娜洋"
+    chinese = [{"text": f"打电话给{a}{b}", "keywords": [a + b], "lang": "zh-CN"} for a in surnames for b in given]
+    shards = write_shards(tmp_path / "shards", [*chinese, *ENTRIES[:100], {"text": "ruf an", "lang": "de"}])
+    contextualize(shards, tmp_path / "out", ContextsConfig(variants=4, jobs=1))
+    found = list(read_all(Contexts(tmp_path / "out"), shards).values())
+    for number, contexts in enumerate(found[:-1]):
+        for context in contexts:
+            assert {phrase.isascii() for phrase in context.phrases} <= {number >= len(chinese)}
+    assert {phrase.isascii() for context in found[-1] for phrase in context.phrases} == {True, False}
 
 
 def test_rare_words_are_keywords_where_a_corpus_names_none(tmp_path):

@@ -152,6 +152,9 @@ def test_a_dead_endpoint_is_one_clear_error_and_what_was_answered_stays(shards, 
     assert "status 500" in said and "writer=templates" in said
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 10
     assert not list((tmp_path / "out").glob("*.rows.npy"))
+    with ChatServer() as moved:  # another address, more at once: the same run goes on
+        summary = run(moved, shards, tmp_path / "out", concurrency=4)
+    assert len(moved.bodies) == summary.counts["prompt tokens"] / 50 - 10
 
 
 def test_an_unreachable_endpoint_is_one_clear_error_after_bounded_tries(shards, tmp_path):
@@ -167,7 +170,7 @@ def test_an_unreachable_endpoint_is_one_clear_error_after_bounded_tries(shards, 
 
 @pytest.mark.parametrize(
     "status, said",
-    [(401, "read from the environment variable"), (404, "endpoint.model"), (400, "refuses every request")],
+    [(401, "read from the environment variable"), (404, "endpoint.model"), (400, "answers nothing")],
 )
 def test_a_request_that_can_never_succeed_is_not_repeated(tmp_path, monkeypatch, status, said):
     monkeypatch.setenv("THE_KEY", KEY)
@@ -175,6 +178,13 @@ def test_a_request_that_can_never_succeed_is_not_repeated(tmp_path, monkeypatch,
         with pytest.raises(ContextError, match=said) as failed:
             asked(server, 30, tmp_path, concurrency=1, api_key_env="THE_KEY")
     assert len(server.bodies) <= 5 and KEY not in str(failed.value) and "***" in str(failed.value)
+
+
+def test_a_page_that_is_no_endpoint_is_an_error_and_not_a_silent_return_to_templates(shards, tmp_path):
+    with ChatServer(lambda number, body: Reply(200, "<html>welcome</html>")) as server:
+        with pytest.raises(ContextError, match=r"answers nothing \(the last: an answer that is no chat completion\)"):
+            run(server, shards, tmp_path / "out", retries=1)
+    assert len(server.bodies) < 40
 
 
 def test_a_request_that_is_refused_for_what_it_says_is_left_to_the_templates(tmp_path):
@@ -210,6 +220,10 @@ def test_the_key_is_sent_and_never_written(shards, tmp_path, monkeypatch, capsys
     monkeypatch.delenv("THE_KEY")
     with ChatServer() as server, pytest.raises(ContextError, match="environment variable THE_KEY is not set"):
         run(server, shards, tmp_path / "other", api_key_env="THE_KEY")
+    monkeypatch.setenv("THE_KEY", f"{KEY}\nX: y")
+    with ChatServer() as server, pytest.raises(ContextError, match="THE_KEY holds characters") as failed:
+        run(server, shards, tmp_path / "other", api_key_env="THE_KEY")
+    assert KEY not in str(failed.value)
     with pytest.raises(ValueError, match=r"endpoint\.base_url must hold no user, password or query"):
         EndpointConfig(base_url=f"http://me:{KEY}@host/v1", model="m")
 

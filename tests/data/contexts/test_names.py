@@ -4,18 +4,21 @@ import random
 
 import pytest
 
-from seedling.data import demo_text
 from seedling.data.contexts.names import NamePool
-from seedling.data.demo_text import HOMOPHONES, SLOTS
+from seedling.data.demo_text import ENGLISH
 from seedling.data.phonetics import plain_letters, sound_distance, sounds_like
 
-FIRST, LAST, CITIES = [*SLOTS["alike"], *SLOTS["distinct"]], SLOTS["last"], SLOTS["city"]
-NAMES = [*FIRST, *(f"{first} {last}" for first in FIRST for last in LAST), *CITIES, *SLOTS["street"]]
+FIRST, LAST, CITIES = (
+    [*ENGLISH.slots["alike"], *ENGLISH.slots["distinct"]],
+    ENGLISH.slots["last"],
+    ENGLISH.slots["city"],
+)
+NAMES = [*FIRST, *(f"{first} {last}" for first in FIRST for last in LAST), *CITIES, *ENGLISH.slots["street"]]
 
 
 @pytest.fixture(scope="module")
 def pool():
-    return NamePool(NAMES, groups=HOMOPHONES)
+    return NamePool(NAMES, groups=ENGLISH.homophones)
 
 
 def test_sound_alikes_are_the_other_spellings_also_within_a_phrase(pool):
@@ -44,17 +47,20 @@ def test_a_right_list_never_offers_another_spelling_of_a_keyword(pool):
         for name in pool.choose(rng, 30, near=[keyword], close_share=0.5, without=pool.confusable([keyword])):
             for word in plain_letters(keyword).split():
                 others = [other for other in plain_letters(name).split() if other != word]
-                assert not any(sounds_like(word, other, groups=HOMOPHONES) for other in others), (keyword, name)
+                assert not any(sounds_like(word, other, groups=ENGLISH.homophones) for other in others), (keyword, name)
 
 
 def test_an_irrelevant_name_has_no_word_and_no_sound_of_what_is_said(pool):
     rng = random.Random(3)
     for _ in range(200):
-        sentence = demo_text.draw(rng)
+        sentence = ENGLISH.draw(rng)
         without = pool.said_in(sentence.text, sentence.keywords)
         for name in pool.decoys(rng, 10, without=without):
             heard = [
-                (a, b) for a in name.split() for b in sentence.text.split() if sounds_like(a, b, groups=HOMOPHONES)
+                (a, b)
+                for a in name.split()
+                for b in sentence.text.split()
+                if sounds_like(a, b, groups=ENGLISH.homophones)
             ]
             assert not heard, (sentence.text, name)
 

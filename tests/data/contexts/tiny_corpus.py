@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seedling.data import demo_text
+from seedling.data.demo_text import ENGLISH
 from seedling.data.index import Corpus
 from seedling.data.loader import utterance_key
 from seedling.data.shards import open_shard, shard_path
@@ -27,7 +27,7 @@ def write_shards(folder: Path, entries: list[dict], *, shards: int = 1) -> Path:
 def demo_entries(count: int, *, seed: int = 0) -> list[dict]:
     """Sentences of the demo's grammar."""
     rng = random.Random(seed)
-    drawn = [demo_text.draw(rng) for _ in range(count)]
+    drawn = [ENGLISH.draw(rng) for _ in range(count)]
     return [
         {"text": one.text, "keywords": list(one.keywords), "speaker": f"s{number % 7}"}
         for number, one in enumerate(drawn)

@@ -70,6 +70,12 @@ def test_words_cannot_be_counted_after_a_normaliser_that_drops_spaces():
         score(records_of(("a", "a")), normalizer="mandarin", equivalences=NAMES)
 
 
+@pytest.mark.parametrize("normalizer", ["mandarin", "code-switch", "none"])
+def test_a_torn_character_is_one_error(normalizer):
+    report = score(records_of(("今天见", "今天\ufffd"), ("今天见", "今天见")), normalizer=normalizer, unit="char")
+    assert report.rates["cer"].counts.errors == 1 and report.rates["cer"].counts.reference_tokens == 6
+
+
 def test_empty_and_repeated_input_is_refused():
     with pytest.raises(ValueError, match="records is empty"):
         score([], normalizer="none")
