@@ -131,7 +131,7 @@ class EndpointWriter:
                 reason = error
                 if error.rest_s is not None:
                     self._pace.rest(min(error.rest_s, MAX_WAIT_S))
-                elif attempt < self.cfg.retries:
+                if attempt < self.cfg.retries:  # beside the rest: a server that wants none is not asked at once
                     self._wait(min(self.cfg.backoff_s * 2**attempt, MAX_WAIT_S))
         if reason.answered:  # only this request gets nothing sensible: the templates will do
             return self._refuse(str(reason))

@@ -133,6 +133,14 @@ def test_retry_after_is_obeyed_by_all(tmp_path):
     assert server.times[1] - server.times[0] >= 0.6
 
 
+def test_a_server_that_wants_no_rest_is_still_given_the_backoff(tmp_path):
+    at_once = Reply(503, "", headers={"retry-after": "0"})
+    with ChatServer(lambda number, body: at_once if number <= 2 else echo(number, body)) as server:
+        asked(server, 1, tmp_path, backoff_s=0.2)
+    first, second, third = server.times
+    assert second - first >= 0.2 and third - second >= 0.4
+
+
 def test_no_more_than_so_many_at_once_and_so_many_a_minute(tmp_path):
     slow = lambda number, body: Reply(200, echo(number, body).body, delay=0.05)  # noqa: E731
     with ChatServer(slow) as server:
