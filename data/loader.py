@@ -174,7 +174,7 @@ class AudioDataset(Dataset):
         )
 
     def _read(self, path: Path, members: np.ndarray, bad: list[BadUtterance]) -> tuple[np.ndarray, dict, int]:
-        """Return waveform and meta of an utterance, or of several joined, and how many. Bad ones are named, left out."""
+        """Return waveform and meta of an utterance, or of several joined, and how many. Bad members are left out."""
         if len(members) == 1:
             return *read_utterance(path, members[0], reader=self.reader, sample_rate=self.sample_rate), 1
         read: dict[str, tuple[np.ndarray, dict]] = {}
