@@ -1,4 +1,4 @@
-"""Words that any sentence shares with any other: they say nothing of a topic, and to emit one says nothing of copying."""
+"""Words that any sentence shares with any other: they tell no topic, and to emit one says nothing of copying."""
 
 _ENGLISH = """
 a about after again all also am an and any are as at be been before being but by can could d did do does doing done down
