@@ -201,6 +201,27 @@ def test_a_request_that_is_refused_for_what_it_says_is_left_to_the_templates(tmp
     assert texts.count(None) == 1 and counts["refused"] == 1 and len(server.bodies) == 8
 
 
+@pytest.mark.parametrize("refusal", [Reply(422, "filtered"), Reply(200, {"choices": []})])
+def test_a_refusal_is_not_paid_for_again(tmp_path, refusal):
+    def reply(number, body):
+        return refusal if body["messages"][1]["content"] == "question 3" else echo(number, body)
+
+    with ChatServer(reply) as server:
+        first, _ = asked(server, 6, tmp_path, concurrency=1, retries=1)
+        paid = len(server.bodies)
+        again, counts = asked(server, 6, tmp_path, concurrency=1, retries=1)
+    assert again == first and first[3] is None and len(server.bodies) == paid
+    assert counts["refused"] == 1 and counts["answers from the cache"] == 6
+
+
+def test_refusals_before_any_answer_are_no_verdict(tmp_path):
+    with ChatServer(lambda number, body: Reply(400, "no such parameter")) as server:
+        asked(server, 2, tmp_path)
+    with ChatServer(echo) as server:
+        texts, _ = asked(server, 2, tmp_path)
+    assert texts == ["answer to question 0", "answer to question 1"]
+
+
 def test_an_answer_that_gives_the_transcript_away_is_asked_once_more_and_then_left_to_templates(shards, tmp_path):
     def parrot(number, body):
         wanted = json.loads(body["messages"][1]["content"].partition("\n")[2])
