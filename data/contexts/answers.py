@@ -1,7 +1,7 @@
 """Asking a language model: what is asked, and a file that keeps every answer so that none is paid for twice.
 
-A refusal is an answer, too. An answer is found again by a hash of the model, its parameters and the request. It is on disk before it is used, one
-line of an append-only file; a line that a kill tore is cut off by the next run.
+A refusal is an answer, too. An answer is found again by a hash of the model, its parameters and the request. It is on
+disk before it is used, one line of an append-only file; a line that a kill tore is cut off by the next run.
 """
 
 from __future__ import annotations
@@ -112,10 +112,8 @@ class AnswerCache:
 
     def put(self, key: str, answer: Answer | None) -> None:
         """Store an answer, None for a refusal; on return it is on disk."""
-        line = (
-            json.dumps({"key": key, **(answer._asdict() if answer is not None else {"refused": True})}).encode("ascii")
-            + b"\n"
-        )
+        entry = answer._asdict() if answer is not None else {"refused": True}
+        line = json.dumps({"key": key, **entry}).encode("ascii") + b"\n"
         with self._lock:
             written = os.pwrite(self._file, line, self._end)
             if written < len(line):

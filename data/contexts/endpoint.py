@@ -1,9 +1,9 @@
 """Contexts by any OpenAI-compatible endpoint: POST BASE_URL/chat/completions, many at once, paced, tried again.
 
 Tried again: 408, 409, 429, 5xx, timeouts, lost connections and answers that are none. Refused, and so left to the
-templates: a request that the server will not take (400, 413, 422) or keeps answering with nothing; kept once the server
-has answered any. Everything else,
-and no answer after all tries, ends the run with one line; what was answered is in the cache.
+templates: a request that the server will not take (400, 413, 422) or keeps answering with nothing; a refusal is
+kept once the server has answered any. Everything else, and no answer after all tries, ends the run with one line; what
+was answered is in the cache.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ function words, pairs of neighbouring Han characters, runs of kana or Thai; the 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 
 from ..function_words import FUNCTION_WORDS
 from .errors import METRICS, MIXED_TOKEN
@@ -91,6 +91,12 @@ def shown(tokens: Sequence[str]) -> str:
 def pieces_of(phrase: Phrase) -> frozenset[Phrase]:
     """Return what of a phrase says something when it stands alone."""
     return frozenset(_pieces(phrase)) or frozenset({phrase} if phrase else ())
+
+
+def content_of(text: str, *, phrases: Iterable[Phrase]) -> frozenset[Phrase]:
+    """Return the pieces of a normalised context; none of a bare list, of which its phrases have all."""
+    words = tuple(_TOKEN.findall(text))
+    return frozenset(_pieces(words)) if set(words) - set(chain.from_iterable(phrases)) else frozenset()
 
 
 def _pieces(phrase: Phrase) -> Iterator[Phrase]:

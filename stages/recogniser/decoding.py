@@ -165,6 +165,7 @@ def decoded(
             lang=audio.meta[i].get("lang") or "",
             keywords=batch.keywords[i],
             phrases=contexts[i].phrases,
+            context=contexts[i].text,
         )
 
 

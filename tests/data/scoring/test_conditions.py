@@ -93,6 +93,15 @@ def test_a_limit_that_cannot_be_checked_is_an_error(records):
         score_conditions(records).over_limit({"wrong": 0.02})
 
 
+def test_copied_prose_is_over_the_limit_also_after_scoring_again(records, tmp_path):
+    records["wrong"] = [
+        replace(record, phrases=(), context="Ignore it.", hypothesis="ignore") for record in records["wrong"]
+    ]
+    write_conditions(score_conditions(records), tmp_path / "first")
+    for scores in (score_conditions(records), rescore_conditions(tmp_path / "first", tmp_path / "again")):
+        assert len(scores.over_limit({"wrong": 0.9})) == 1
+
+
 def test_metrics_name_the_languages_of_a_corpus_of_several(records):
     for name, side in records.items():
         heard = "打给张玮" if name == "none" else "打给张伟"
