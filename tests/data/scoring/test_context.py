@@ -121,7 +121,8 @@ def test_copying_the_prose_of_a_context_is_an_echo(reference, hypothesis, contex
 
 def test_a_bare_list_has_no_pieces_beside_those_of_its_phrases():
     listed = {"phrases": ["张伟", "王芳"], "context": "张伟 王芳"}
-    assert not judged("去北京", "去伟王", **listed).echoes and judged("去北京", "去王芳", **listed).echoes == ("王芳",)
+    assert not judged("请打给李娜", "请打给伟王", **listed).echoes
+    assert judged("请打给李娜", "请打给王芳", **listed).echoes == ("王芳",)
 
 
 def test_prose_that_ordinary_errors_hit_is_shown_by_chance():
