@@ -32,7 +32,7 @@ MAX_SHARDS = 512  # whose groups are kept; an hour of audio is about 30 KB
 class ConcatConfig:
     """Which utterances are joined, and to what length; the length of each group is drawn between the two bounds."""
 
-    share: float = 0.0  # of the audio that is joined; the rest stays single utterances, and 0 joins nothing
+    share: float = 0.0  # of the groups that are joined, drawn for each; the others stay single utterances
     min_seconds: float = 30.0  # less where a speaker has no more in a shard
     max_seconds: float = 300.0
     by: str = "speaker"  # or session (a recording, a conversation), or corpus: whoever comes next
@@ -40,7 +40,7 @@ class ConcatConfig:
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
-            raise ValueError(f"concat.share ({self.share}) is a share of the audio, 0 to 1")
+            raise ValueError(f"concat.share ({self.share}) is a share of the groups, 0 to 1")
         if not 0 < self.min_seconds <= self.max_seconds:
             raise ValueError(
                 f"concat.min_seconds ({self.min_seconds}) must be above 0 and at most concat.max_seconds "

@@ -37,6 +37,7 @@ class AudioBatch(WithTexts):
 
     With frame labels, labels_BT are their codes (int64, NO_LABEL past the end) and label_lengths_B their numbers of
     frames, 0 for the stand-in. With contexts, `contexts` has one for each utterance that is a triple in this epoch.
+    `joined` says how many utterances each was joined from; left out, each is one.
     """
 
     keys: list[str]
@@ -51,6 +52,7 @@ class AudioBatch(WithTexts):
     labels_BT: Tensor | None = None
     label_lengths_B: Tensor | None = None
     contexts: list[UtteranceContext | None] | None = None
+    joined: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,7 +60,7 @@ class AudioBatch(WithTexts):
     @property
     def utterances(self) -> int:
         """Joined ones count as all that they were joined from."""
-        return sum(len(meta.get("members", "1")) for meta in self.meta)
+        return sum(self.joined) if self.joined is not None else len(self)
 
     @property
     def seconds(self) -> float:
@@ -122,12 +124,12 @@ class AudioDataset(Dataset):
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
-        keys, waveforms, texts, metas, codes, contexts, bad = [], [], [], [], [], [], []
+        keys, waveforms, texts, metas, codes, contexts, joined, bad = [], [], [], [], [], [], [], []
         for shard, row in micro_batch.utterances:
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
             key = utterance_key(at)
             try:
-                waveform, meta = self._read(path, self.corpus.members(shard, row), bad)
+                waveform, meta, count = self._read(path, self.corpus.members(shard, row), bad)
                 text = meta.get("text") or ""
                 if not isinstance(text, str):
                     raise ValueError(f"its text is a {type(text).__name__}, not a string")
@@ -148,10 +150,11 @@ class AudioDataset(Dataset):
             waveforms.append(waveform)
             texts.append(text)
             metas.append(meta)
+            joined.append(count)
         if not keys:
             # A rank without a forward pass would hang the others; silence without text is a valid one.
             keys, waveforms, texts, metas = [STAND_IN_KEY], [np.zeros(self.sample_rate, np.float32)], [""], [{}]
-            codes, contexts = [NO_CODES], [None]
+            codes, contexts, joined = [NO_CODES], [None], [1]
         waveforms_BN, lengths_B = pad_waveforms(waveforms)
         labels_BT, label_lengths_B = pad_labels(codes) if self.labels is not None else (None, None)
         return AudioBatch(
@@ -167,12 +170,13 @@ class AudioDataset(Dataset):
             labels_BT,
             label_lengths_B,
             contexts if self.contexts is not None else None,
+            joined,
         )
 
-    def _read(self, path: Path, members: np.ndarray, bad: list[BadUtterance]) -> tuple[np.ndarray, dict]:
-        """Return waveform and meta of an utterance, or of several joined. Of these, bad ones are named and left out."""
+    def _read(self, path: Path, members: np.ndarray, bad: list[BadUtterance]) -> tuple[np.ndarray, dict, int]:
+        """Return waveform and meta of an utterance, or of several joined, and how many. Bad members are left out."""
         if len(members) == 1:
-            return read_utterance(path, members[0], reader=self.reader, sample_rate=self.sample_rate)
+            return *read_utterance(path, members[0], reader=self.reader, sample_rate=self.sample_rate), 1
         read: dict[str, tuple[np.ndarray, dict]] = {}
         for at in members:
             try:
@@ -186,7 +190,8 @@ class AudioDataset(Dataset):
             raise ValueError(f"none of its {len(members)} utterances can be used")
         waveforms, metas = zip(*read.values())
         gap = round(self.gap_seconds * self.sample_rate)
-        return join_waveforms(waveforms, gap=gap, sample_rate=self.sample_rate), join_metas(metas, keys=list(read))
+        waveform = join_waveforms(waveforms, gap=gap, sample_rate=self.sample_rate)
+        return waveform, join_metas(metas, keys=list(read)), len(read)
 
     def _context(self, path: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:
         return self.contexts.of(path, row, key=key, epoch=epoch) if self.contexts is not None else None

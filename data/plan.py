@@ -48,8 +48,8 @@ class PlanLimits:
 
     # An utterance of s seconds costs s + s^2 / quadratic_seconds: attention grows with the square.
     quadratic_seconds: float = 0.0
-    # Padded characters of text, each with its longest context where there are contexts; one token per character is an
-    # upper bound for scripts with spaces.
+    # Padded characters of text, one token per character is an upper bound for scripts with spaces; where there are
+    # contexts, each with the bytes of its longest one.
     max_tokens: int = 0
     min_seconds: float = 0.1
     max_utterance_seconds: float = 0.0

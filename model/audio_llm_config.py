@@ -14,7 +14,7 @@ class AudioLLMConfig(PreTrainedConfig):
 
     `ctc` says whether there is a CTC head on the encoder. `acoustic_dtype` is the storage type of encoder, converter
     and CTC head, which may differ from the LLM's (`dtype`). `decode` are the settings (model/decoding.py) by which it
-    transcribes where nothing else is asked for.
+    transcribes where nothing else is asked for. `reads_contexts` says that it has been trained with contexts.
     """
 
     model_type = "seedling_acllm"
@@ -33,6 +33,7 @@ class AudioLLMConfig(PreTrainedConfig):
         ctc: bool = False,
         acoustic_dtype: str = "float32",
         decode: dict | None = None,
+        reads_contexts: bool = False,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -49,6 +50,7 @@ class AudioLLMConfig(PreTrainedConfig):
         self.ctc = ctc
         self.acoustic_dtype = acoustic_dtype
         self.decode = decode or {}
+        self.reads_contexts = reads_contexts
         if text_config is not None:
             # Whoever asks the outer config about the vocabulary or tied weights means the LLM's.
             kwargs["tie_word_embeddings"] = getattr(text_config, "tie_word_embeddings", False)

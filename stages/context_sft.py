@@ -46,6 +46,7 @@ class ContextSFT(RecogniserTraining):
                 f"context.max_tokens is {cfg.context.max_tokens}, and half of the positions of the LLM in "
                 f"{inputs['acllm'].path} are {room}; set context.max_tokens={room}"
             )
+        model.config.reads_contexts = True
         return self.ready(cfg, model)
 
     def batches(self, cfg: ContextSFTConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:

@@ -19,7 +19,7 @@ from .recogniser.decoding import (
     given_batches,
     load_recogniser,
     require_condition,
-    require_phrases,
+    require_contexts,
 )
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.train_config import require_choice
@@ -66,7 +66,7 @@ class Evaluate:
     def run(self, cfg: EvaluateConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
         world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
         for name in cfg.max_echo:
-            require_phrases(cfg.contexts[name], cfg.data, wanted_by=f"max_echo.{name}")
+            require_contexts(cfg.contexts[name], cfg.data, wanted_by=f"max_echo.{name}")
         model, decode = load_recogniser(acllm, cfg, world)
         shares = world.gather(
             [

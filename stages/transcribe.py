@@ -4,6 +4,7 @@ recogniser = seedling.load("runs/demo/context_sft/artifact")
 recogniser.transcribe(["a.wav", "b.mp3"], keywords=["Kaitlyn", "Reykjavik"])[0].text
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
 from .recogniser.listening import hear
 from .runtime.artifacts import load_artifact
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Recogniser:
 
     def __init__(self, model: AudioLLM, *, batch_seconds: float = 120.0):
         self.model, self.processor, self.batch_seconds = model.eval(), model.processor, batch_seconds
+        self._warned = False
 
     @property
     def sample_rate(self) -> int:
@@ -85,6 +89,9 @@ class Recogniser:
             has_context=any(contexts) or not items,
         )
         languages = _one_each(language, items, name="language")
+        if any(contexts) and not self.model.config.reads_contexts and not self._warned:
+            log.warning("this recogniser was not trained with contexts and may well be misled by one; see context_sft")
+            self._warned = True
         for tag in set(languages):
             self.model.prompt_tokens.before_speech(None, tag)  # an unknown one is refused before any work
         waveforms = [self._waveform(item) for item in items]

@@ -14,7 +14,7 @@ from ..data.scoring import NONE, ScoredUtterance, score_conditions
 from ..data.scoring.tuning import RIGHT, WRONG, Choice, Trial, choose, tuning_figure, tuning_table
 from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
-from .recogniser.decoding import DecodingConfig, decoded, given_batches, load_recogniser, require_phrases
+from .recogniser.decoding import DecodingConfig, decoded, given_batches, load_recogniser, require_contexts
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.config import yaml_scalar
 from .runtime.world import World, init_world
@@ -58,7 +58,7 @@ class TuneDecoding:
     def run(self, cfg: TuneDecodingConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
         world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
         for name, folder in ((RIGHT, cfg.right), (WRONG, cfg.wrong)):
-            require_phrases(folder, cfg.data, wanted_by=name)
+            require_contexts(folder, cfg.data, wanted_by=name)
         model, decode = load_recogniser(acllm, cfg, world)
         tried = [*cfg.grid(), {"context_search": "plain"}]  # the last one is the reference
         shares = world.gather(list(self._decode(cfg, model, world, [replace(decode, **one) for one in tried])))

@@ -1,7 +1,7 @@
 """Asking a language model: what is asked, and a file that keeps every answer so that none is paid for twice.
 
-An answer is found again by a hash of the model, its parameters and the request. It is on disk before it is used, one
-line of an append-only file; a line that a kill tore is cut off by the next run.
+A refusal is an answer, too. An answer is found again by a hash of the model, its parameters and the request. It is on
+disk before it is used, one line of an append-only file; a line that a kill tore is cut off by the next run.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Writer(Protocol):
     identity: dict[str, Any]
     counts: Counter[str]
 
-    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer], None]) -> None:
-        """Call keep(number of the request, answer) as soon as there is one; not at all for a request it refuses."""
+    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer | None], None]) -> None:
+        """Call keep(number of the request, answer) as soon as there is one; None is a refusal that is to be kept."""
         ...
 
 
@@ -97,16 +97,23 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
     def get(self, key: str) -> Answer | None:
+        """Return an answer; None where there is none or it is a refusal."""
         if key not in self._places:
             return None
         at, size = self._places[key]
         stored = json.loads(os.pread(self._file, size, at))
+        if stored.get("refused"):
+            return None
         return Answer(stored["text"], stored["prompt_tokens"], stored["completion_tokens"])
 
-    def put(self, key: str, answer: Answer) -> None:
-        """Store an answer; on return it is on disk."""
-        line = json.dumps({"key": key, **answer._asdict()}).encode("ascii") + b"\n"
+    def put(self, key: str, answer: Answer | None) -> None:
+        """Store an answer, None for a refusal; on return it is on disk."""
+        entry = answer._asdict() if answer is not None else {"refused": True}
+        line = json.dumps({"key": key, **entry}).encode("ascii") + b"\n"
         with self._lock:
             written = os.pwrite(self._file, line, self._end)
             if written < len(line):
@@ -145,7 +152,7 @@ def ask(
 ) -> list[Answer | None]:
     """Return the answer to each request, from the cache or the writer; None where the writer refuses."""
     keys = [request_key(writer.identity, request) for request in requests]
-    wanted = {key: request for key, request in zip(keys, requests) if cache.get(key) is None}
+    wanted = {key: request for key, request in zip(keys, requests) if key not in cache}
     counts["answers from the cache"] += len(set(keys)) - len(wanted)
     new = list(wanted)
     if new:

@@ -87,27 +87,27 @@ class DrawnContexts:
             return None
         return stored[random.below(len(stored))]
 
-    def characters(self, shard: Path) -> np.ndarray:
-        """Return what the longest context of each row of a shard's index adds to its text, int64 [rows].
+    def most_tokens(self, shard: Path) -> np.ndarray:
+        """Return how many tokens the context of each row of a shard's index has at most, int64 [rows].
 
-        The plan takes a character for a token, so a context that is cut to `max_tokens` counts as so many characters.
+        No token is less than a byte: a character that the vocabulary lacks is a token for each of its bytes.
         """
         sidecar = self.sidecars[shard]
         if sidecar is None:
             return np.zeros(len(read_index(shard)), np.int64)
-        return np.minimum(sidecar.characters(shard), self.cfg.max_tokens)
+        return np.minimum(sidecar.text_bytes(shard), self.cfg.max_tokens)
 
     @property
     def fingerprint(self) -> str:
         """Equal exactly if every context that could be drawn and its size are."""
         parts = [sidecar.fingerprint if sidecar is not None else "" for sidecar in self.sidecars.values()]
-        parts.append(str(self.cfg.max_tokens))
+        parts.append(f"{self.cfg.max_tokens} bytes")
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class WithContexts:
-    """A corpus as the plan shall see it: the text of every utterance is as long as with its longest context."""
+    """A corpus as the plan shall see it: to the text of every utterance the most tokens of a context are added."""
 
     corpus: Corpus
     contexts: DrawnContexts
@@ -126,5 +126,5 @@ class WithContexts:
 
     def index(self, shard: int) -> np.ndarray:
         rows = self.corpus.index(shard).copy()
-        rows["text_chars"] += self.contexts.characters(self.corpus.shards[shard]).astype(rows["text_chars"].dtype)
+        rows["text_chars"] += self.contexts.most_tokens(self.corpus.shards[shard]).astype(rows["text_chars"].dtype)
         return rows

@@ -1,8 +1,9 @@
 """Contexts by any OpenAI-compatible endpoint: POST BASE_URL/chat/completions, many at once, paced, tried again.
 
 Tried again: 408, 409, 429, 5xx, timeouts, lost connections and answers that are none. Refused, and so left to the
-templates: a request that the server will not take (400, 413, 422) or keeps answering with nothing. Everything else,
-and no answer after all tries, ends the run with one line; what was answered is in the cache.
+templates: a request that the server will not take (400, 413, 422) or keeps answering with nothing; a refusal is
+kept once the server has answered any. Everything else, and no answer after all tries, ends the run with one line; what
+was answered is in the cache.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class EndpointWriter:
             raise ContextError(f"endpoint.api_key_env: {self.cfg.api_key_env} holds characters that no key has")
         return key
 
-    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer], None]) -> None:
+    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer | None], None]) -> None:
         """Ask all, `concurrency` at a time; the first failure stops those that have not begun, and is raised."""
         self._stop.clear()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -108,10 +109,12 @@ class EndpointWriter:
             if not isinstance(error, _Stopped):
                 raise error
 
-    def _one(self, client: httpx.Client, request: Request, number: int, keep: Callable[[int, Answer], None]) -> None:
+    def _one(
+        self, client: httpx.Client, request: Request, number: int, keep: Callable[[int, Answer | None], None]
+    ) -> None:
         try:
             answer = self._ask(client, request)
-            if answer is not None:
+            if answer is not None or self._answered:  # where nothing was answered yet, the settings may be wrong
                 keep(number, answer)
         except BaseException:
             self._stop.set()
@@ -131,7 +134,7 @@ class EndpointWriter:
                 reason = error
                 if error.rest_s is not None:
                     self._pace.rest(min(error.rest_s, MAX_WAIT_S))
-                elif attempt < self.cfg.retries:
+                if attempt < self.cfg.retries:  # beside the rest: a server that wants none is not asked at once
                     self._wait(min(self.cfg.backoff_s * 2**attempt, MAX_WAIT_S))
         if reason.answered:  # only this request gets nothing sensible: the templates will do
             return self._refuse(str(reason))

@@ -3,7 +3,7 @@
     contexts/contexts.json        what made them (settings, counts) and the list of context shards
     contexts/NAME.contexts.jsonl  a line per utterance that has any: {"key", "contexts": [{"kind", "text", "phrases"}]}
     contexts/NAME.rows.npy        a row per utterance, in the order of the shard's index: key, where its line lies,
-                                  characters of its longest context (0: none)
+                                  bytes of its longest context in UTF-8 (0: none)
 
 A context shard belongs to the audio shard with the same keys and lengths of text in the same order, wherever that lies
 and whatever it is called; audio is never rewritten. Rows are mapped, a line is one read, and `contexts.json` is
@@ -25,7 +25,8 @@ from ..index import index_path, read_index
 from ..payload import PayloadReader
 from ..whole_file import whole_file, write_json
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1 counted characters, which says little of tokens
 INDEX = "contexts.json"
 MAX_MAPPED = 64  # audio shards whose rows are mapped at once
 
@@ -63,7 +64,7 @@ def write_context_shard(
     keys = read_index(shard)["key"]
     rows = np.zeros(
         len(keys),
-        dtype=[("key", keys.dtype), ("offset", "<i8"), ("size", "<i8"), ("chars", "<i4")],
+        dtype=[("key", keys.dtype), ("offset", "<i8"), ("size", "<i8"), ("bytes", "<i4")],
     )
     rows["key"] = keys
     offset = 0
@@ -71,7 +72,8 @@ def write_context_shard(
         for row in sorted(row for row in contexts if contexts[row]):
             line = _line(bytes(keys[row]), contexts[row])
             handle.write(line)
-            rows[row] = (keys[row], offset, len(line), max(len(context.text) for context in contexts[row]))
+            longest = max(len(context.text.encode()) for context in contexts[row])
+            rows[row] = (keys[row], offset, len(line), longest)
             offset += len(line)
     with whole_file(folder / f"{name}.rows.npy") as handle:  # last: where it is, the context shard is whole
         np.save(handle, rows)
@@ -152,9 +154,9 @@ class Contexts:
                 ]
         return tuple(found)
 
-    def characters(self, shard: Path) -> np.ndarray:
-        """Return the characters of the longest context of each row of an audio shard's index, int64 [rows]."""
-        columns = [at.rows["chars"] for at in self._context_shards(shard)]
+    def text_bytes(self, shard: Path) -> np.ndarray:
+        """Return the bytes, or more, of the longest context of each row of an audio shard's index, int64 [rows]."""
+        columns = [_text_bytes(at.rows) for at in self._context_shards(shard)]
         return np.max(columns, axis=0).astype(np.int64)
 
     def _context_shards(self, shard: Path) -> list[_ContextShard]:
@@ -187,6 +189,12 @@ class _ContextShard(NamedTuple):
     rows: np.ndarray
 
 
+def _text_bytes(rows: np.ndarray) -> np.ndarray:
+    if "bytes" in (rows.dtype.names or ()):
+        return rows["bytes"]
+    return np.minimum(4 * rows["chars"].astype(np.int64), rows["size"])  # its line has every byte of a text
+
+
 def _read_index_file(folder: Path) -> dict:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -194,7 +202,7 @@ def _read_index_file(folder: Path) -> dict:
         raise ValueError(
             f"{folder}: no finished contexts here; run `seedling contextualize SHARDS --out {folder}`"
         ) from None
-    if index.get("format") != FORMAT:
+    if index.get("format") not in READABLE:
         raise ValueError(
             f"{folder}: contexts of format {index.get('format')}, this version reads {FORMAT}; run contextualize again"
         )

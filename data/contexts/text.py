@@ -9,21 +9,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+from ..function_words import FUNCTION_WORDS
 from ..phonetics import HAN, plain_letters
 
 JOINERS = "\u200c\u200d"  # format characters that decide how Indic scripts, Persian and emoji read
-# English words that say nothing about a topic; every other word of a reference stays out of irrelevant contexts.
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    a about after again all am an and any are as at be been before but by can could did do does for from had has have
-    he her here him his how i if in into is it its just like may me more my no not of off on one or our out over she so
-    some such than that the their them then there these they this to too under up us was we were what when where which
-    who will with would you your yes
-        """,
-    )
-)
 
 
 class _Printable(dict):

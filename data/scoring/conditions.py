@@ -67,7 +67,7 @@ class ConditionScores:
             rate = self.contexts[name].rates["echo_rate"] if name in self.contexts else Ratio(None)
             if rate.fraction is None:
                 found.append(
-                    f"max_echo.{name} is {limit:g} and no utterance has a context with phrases under condition "
+                    f"max_echo.{name} is {limit:g} and no utterance has a context under condition "
                     f"{name!r}, so that nothing can be checked; leave it out, or give contexts.{name} such contexts"
                 )
             elif rate.fraction > limit:

@@ -6,11 +6,11 @@ texts under one normaliser:
 recall         keyword occurrences of the references that the hypotheses have
 strict_recall  recall of those occurrences alone that the context-free hypotheses miss: 0 without context by definition
 precision      of the keywords and context phrases emitted, the share that the reference has; `f1` is of it and recall
-echo_rate      share of utterances (with a context) in whose hypothesis a piece of a context phrase stands that is not
-               in the reference and sounds like nothing that was said at that place
+echo_rate      share of utterances (with a context) in whose hypothesis a piece of the context stands, of its phrases or
+               its prose, that is not in the reference and sounds like nothing that was said at that place
 conflict_rate  the same share, of pieces that do sound like what was said there
 b_wer, u_wer   errors on the words of keywords, and on all others, each per its own reference words. An inserted word
-               counts to B if it is of a keyword or the context. B and U errors are all errors of the headline rate.
+               counts to B if it is of a keyword or a context phrase. B and U errors are all errors of the headline.
 
 `chance` holds the same of the context-free hypotheses against the same contexts: who has heard no context echoes by
 chance alone. Counting is by multiplicity: a name said once and emitted twice is one hit and one echo.
@@ -18,7 +18,7 @@ Shape letters: N utterances, C counts.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 from ..phonetics import sound_groups, sounds_like
 from .bootstrap import Interval, bootstrap_statistic, ratio_of_sums
 from .errors import HIT, INSERTION, METRICS, AlignedPair, align, tokenize
-from .phrases import Inventory, Phrase, Tokens, phrase_of, pieces_of, shown
+from .phrases import Inventory, Phrase, Tokens, content_of, phrase_of, pieces_of, shown
 from .result import ScoreReport, same_utterances
 
 REACH = 2  # columns of the alignment to each side of an emitted piece that are "at that place"
@@ -105,6 +105,7 @@ def score_context(report: ScoreReport, *, plain: ScoreReport, seed: int = 0, rep
             plain=plain.hypotheses[order[i]],
             keywords=[phrase_of(word) for word in report.keywords[i]],
             phrases=[phrase_of(phrase) for phrase in report.phrases[i]],
+            context=report.contexts[i],
             everyone=everyone,
             unit=report.stamp.unit,
             lang=utterance.lang or "en",
@@ -130,6 +131,7 @@ def judge(
     plain: str,
     keywords: Sequence[Phrase],
     phrases: Sequence[Phrase] = (),
+    context: str = "",
     everyone: Inventory | None = None,
     unit: str = "word",
     lang: str = "en",
@@ -143,7 +145,8 @@ def judge(
     hits, plain_hits = targets & found, targets & found_plainly
     copyable = Inventory([*keywords, *phrases], base=everyone)
     emitted = _scanned(heard, copyable)
-    echoes, conflicts = _copied(said, heard, phrases, lang=lang, groups=groups or {})
+    pieces = content_of(context, phrases=phrases).union(*map(pieces_of, phrases))
+    echoes, conflicts = _copied(said, heard, pieces, lang=lang, groups=groups or {})
     split = _split_errors(reference, hypothesis, said, heard, wanted=wanted, phrases=phrases, unit=unit)
     counts = ContextCounts(
         said=targets.total(),
@@ -152,7 +155,7 @@ def judge(
         regained=(hits - plain_hits).total(),
         emitted=emitted.total(),
         right=(emitted & _scanned(said, copyable)).total(),
-        with_context=bool(phrases),
+        with_context=bool(phrases or context.strip()),
         echoing=bool(echoes),
         conflicting=bool(conflicts),
         **split,
@@ -165,12 +168,12 @@ def _scanned(tokens: Tokens, inventory: Inventory) -> Counter[Phrase]:
 
 
 def _copied(
-    said: Tokens, heard: Tokens, phrases: Sequence[Phrase], *, lang: str, groups: Mapping[str, str]
+    said: Tokens, heard: Tokens, pieces: Collection[Phrase], *, lang: str, groups: Mapping[str, str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the pieces of phrases that are emitted more often than said: those heard in error, then sound-alikes."""
+    """Return the pieces that are emitted more often than said: those heard in error, then sound-alikes."""
     present = set(heard.words)
-    pieces = {piece for phrase in phrases for piece in pieces_of(phrase) if piece[0] in present}
-    surplus = {p: len(heard.occurrences(p)) - len(said.occurrences(p)) for p in sorted(pieces)}
+    emitted = sorted(piece for piece in pieces if piece[0] in present)
+    surplus = {p: len(heard.occurrences(p)) - len(said.occurrences(p)) for p in emitted}
     surplus = {piece: count for piece, count in surplus.items() if count > 0}
     if not surplus:
         return (), ()

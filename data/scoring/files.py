@@ -1,7 +1,7 @@
 """The files of a scored set, and scoring again from them without the model.
 
 hyp.jsonl     one utterance a line: id, ref_raw, hyp_raw, ref, hyp, nbest, scores, seconds, rtf, memory_gb, lang,
-              keywords, phrases
+              keywords, phrases, context
 hyp.trn       `text (utt)`, tokens of the headline unit, for sclite; ref.trn the same for references
 errs.txt      the lines that scripts look for: %WER, %SER, PER-UTT DETAILS, SUBSTITUTIONS, DELETIONS, INSERTIONS
 summary.json  rates as percent and as fraction, intervals, counts, the stamp, model hash, decode options; written last
@@ -159,6 +159,7 @@ def _record(line: str, *, where: str) -> ScoredUtterance:
             lang=row.get("lang") or "",
             keywords=tuple(row.get("keywords") or ()),
             phrases=tuple(row.get("phrases") or ()),
+            context=row.get("context") or "",
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}); is the file cut off?") from None
@@ -182,6 +183,7 @@ def _hypothesis_rows(report: ScoreReport) -> Iterator[dict]:
             "lang": utterance.lang,
             "keywords": list(utterance.keywords),
             "phrases": list(utterance.phrases),
+            "context": utterance.context,
         }
 
 

@@ -8,8 +8,9 @@ function words, pairs of neighbouring Han characters, runs of kana or Thai; the 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 
+from ..function_words import FUNCTION_WORDS
 from .errors import METRICS, MIXED_TOKEN
 from .normalize import CJK, SPACE_AT_UNSPACED, UNSPACED
 
@@ -20,17 +21,6 @@ _UNSPACED = re.compile(f"[{UNSPACED}]")
 _KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff]")
 _CJK = re.compile(f"[{CJK}]")
 _UNITS = {"word": re.compile(r"\S+"), "char": re.compile(r"."), "mixed": MIXED_TOKEN}
-# Words that a sentence-like context shares with any other sentence: to emit one says nothing of copying.
-_ENGLISH = """
-a about after again all also am an and any are as at be been before being but by can could d did do does doing done down
-for from get go going got had has have having he her here hers him his how i if in into is it its just let like ll m may
-me might mine more most my no nor not now of off on one or other our out over please re s shall she should so some such
-t than that the their them then there these they this those through to too under until up us ve very was we were what
-when where which while who whom whose why will with would yes you your"""
-_GERMAN = "der die das den dem des ein eine einen einem einer und oder mit von zu im auf ist sind nicht ich du er sie"
-_FRENCH = "le la les un une de du et ou avec en dans sur est sont pas je tu il elle nous vous"
-_SPANISH = "el los las uno una y o con por para son que se al"
-FUNCTION_WORDS = frozenset(" ".join((_ENGLISH, _GERMAN, _FRENCH, _SPANISH)).split())
 
 
 class Tokens(Sequence[str]):
@@ -101,6 +91,12 @@ def shown(tokens: Sequence[str]) -> str:
 def pieces_of(phrase: Phrase) -> frozenset[Phrase]:
     """Return what of a phrase says something when it stands alone."""
     return frozenset(_pieces(phrase)) or frozenset({phrase} if phrase else ())
+
+
+def content_of(text: str, *, phrases: Iterable[Phrase]) -> frozenset[Phrase]:
+    """Return the pieces of a normalised context; none of a bare list, of which its phrases have all."""
+    words = tuple(_TOKEN.findall(text))
+    return frozenset(_pieces(words)) if set(words) - set(chain.from_iterable(phrases)) else frozenset()
 
 
 def _pieces(phrase: Phrase) -> Iterator[Phrase]:

@@ -40,7 +40,8 @@ from .normalize import Normalizer, get_normalizer
 class ScoredUtterance:
     """One utterance with raw texts. seconds: of audio; rtf: decoding seconds per second of audio, None if unknown.
 
-    keywords are the names and phrases of the reference to look for; phrases those of the context it was decoded with.
+    keywords are the names and phrases of the reference to look for; phrases those of the context it was
+    decoded with, and context its text.
     """
 
     id: str
@@ -54,6 +55,7 @@ class ScoredUtterance:
     keywords: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
     memory_gb: float | None = None  # most memory in use while it was decoded, with the model and its batch
+    context: str = ""
 
 
 class Stamp(NamedTuple):
@@ -92,6 +94,7 @@ class ScoreReport:
     languages: dict[str, ErrorRate] = field(default_factory=dict)  # of each language, where there are several
     keywords: tuple[tuple[str, ...], ...] = ()  # of each utterance, normalised as its texts; so are the phrases
     phrases: tuple[tuple[str, ...], ...] = ()
+    contexts: tuple[str, ...] = ()  # the text of each utterance's, normalised as well
     equivalences: tuple[tuple[str, ...], ...] = ()
     seed: int = 0
 
@@ -188,6 +191,7 @@ def score(
         languages=_by_language(utterances, references, hypotheses, normalize, seed=seed, replicates=replicates),
         keywords=tuple(tuple(map(normalize, u.keywords)) for u in utterances),
         phrases=tuple(tuple(map(normalize, u.phrases)) for u in utterances),
+        contexts=tuple(normalize(u.context) for u in utterances),
         equivalences=tuple(tuple(sorted(group)) for group in equivalences or ()),
         seed=seed,
     )

@@ -77,7 +77,7 @@ class LocalWriter:
         parameters = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p")}
         self.identity = {"model": fingerprint(cfg.path), "parameters": parameters}
 
-    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer], None]) -> None:
+    def write(self, requests: Sequence[Request], keep: Callable[[int, Answer | None], None]) -> None:
         """Answer all; each batch is kept before the next begins."""
         from ...data.contexts.answers import Answer
         from ...model.text_writer import Question

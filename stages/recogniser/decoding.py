@@ -76,15 +76,15 @@ def require_condition(name: str) -> None:
         )
 
 
-def require_phrases(folder: str, data: str, *, wanted_by: str) -> None:
-    """Refuse contexts without any phrase: what is emitted of them could not be counted after decoding."""
+def require_contexts(folder: str, data: str, *, wanted_by: str) -> None:
+    """Refuse a sidecar that is empty for all of `data`: nothing could be counted after decoding."""
     sidecar, corpus = Contexts(folder), Corpus.open(data)
     for number, shard in enumerate(corpus.shards):
         for row, at in enumerate(corpus.index(number)):
-            if any(context.phrases for context in sidecar.of(shard, row, key=utterance_key(at))):
+            if any(context.text for context in sidecar.of(shard, row, key=utterance_key(at))):
                 return
     raise ValueError(
-        f"{wanted_by}: no utterance of {data} has a context with phrases in {folder}, so that nothing can be checked; "
+        f"{wanted_by}: no utterance of {data} has a context in {folder}, so that nothing can be checked; "
         "give it such contexts, or leave it out"
     )
 
@@ -188,6 +188,7 @@ def decoded(
             lang=audio.meta[i].get("lang") or "",
             keywords=batch.keywords[i],
             phrases=contexts[i].phrases,
+            context=contexts[i].text,
         )
 
 

@@ -175,6 +175,14 @@ def test_broken_meta_and_a_text_that_is_no_string_are_bad(own_shards):
     assert "its text is a int" in batch.bad[1].reason
 
 
+def test_a_corpus_may_say_what_it_likes_of_members(tmp_path):
+    with open_shard(tmp_path / "shard-000000.tar", sample_rate=16000) as writer:
+        for row, members in enumerate((7, None, ["a", "b"])):
+            writer.add(f"u{row}", waveform_of(0, row), {"text": "text", "members": members})
+    batch = AudioDataset(Corpus.open(str(tmp_path)))[micro_batch((0, 0), (0, 1), (0, 2))]
+    assert batch.utterances == 3 and [meta["members"] for meta in batch.meta] == [7, None, ["a", "b"]]
+
+
 def test_a_torn_tar_and_a_lost_one_are_bad_utterances(own_shards):
     corpus = Corpus.open(str(own_shards))
     os.truncate(corpus.shards[0], int(corpus.index(0)[6]["audio_offset"]) + 100)

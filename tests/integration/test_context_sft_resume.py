@@ -2,7 +2,6 @@
 happened to; which utterances are triples with which contexts is drawn anew each epoch, and the same everywhere."""
 
 import random
-import signal
 
 import pytest
 import tiny_runs
@@ -40,23 +39,12 @@ def untouched(tmp_path_factory, overrides):
 
 
 def arguments(run_dir, overrides) -> list[str]:
-    config = tiny_runs.write_yaml(run_dir.with_suffix(".yaml"), tiny_runs.CONTEXT_SFT)
-    return ["context_sft", "--config", str(config), f"run_dir={run_dir}", *overrides]
-
-
-def curve(run_dir, name: str) -> list[float]:
-    return [line[name] for line in tiny_runs.read_lines(run_dir / "metrics.jsonl") if name in line]
+    return tiny_runs.stage_arguments("context_sft", run_dir, tiny_runs.CONTEXT_SFT, *overrides)
 
 
 def test_a_run_killed_at_a_random_step_and_started_again_ends_bit_identical(tmp_path, overrides, untouched):
     step, run_dir = random.SystemRandom().randint(5, STEPS - 2), tmp_path / "run"
-    first = tiny_runs.Process(tmp_path / "first.log", "run", *arguments(run_dir, overrides))
-    first.wait_for_step(run_dir, step)
-    first.process.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL, f"killed at step {step}"
-    again = tiny_runs.Process(tmp_path / "again.log", "run", *arguments(run_dir, overrides))
-    assert again.wait() == 0, again.log.read_text()[-3000:]
-    assert "resuming from" in again.log.read_text(), f"killed at step {step}"
+    tiny_runs.kill_and_go_on(run_dir, arguments(run_dir, overrides), step=step)
     tiny_runs.assert_same_run(run_dir, untouched, steps=STEPS, message=f"killed at step {step}")
 
 
@@ -68,7 +56,8 @@ def test_two_processes_with_workers_equal_one_without(tmp_path, overrides, untou
     assert two.keys() == one.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: name + text)
-    shares = curve(untouched, "train/triple_frac")
+    shares = tiny_runs.curve(untouched, "train/triple_frac")
     assert len(shares) == STEPS and len(set(shares)) > 3 and 0.2 < sum(shares) / STEPS < 0.6
     for name in ("triple_frac", "context_tokens", "nll_triples", "nll_pairs"):
-        assert curve(run_dir, f"train/{name}") == pytest.approx(curve(untouched, f"train/{name}"), rel=1e-4), name
+        one, two = (tiny_runs.curve(folder, f"train/{name}") for folder in (untouched, run_dir))
+        assert two == pytest.approx(one, rel=1e-4), name

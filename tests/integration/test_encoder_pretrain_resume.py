@@ -4,7 +4,6 @@ Everything that draws random numbers is on: dropout, masks, noise in the masks, 
 """
 
 import random
-import signal
 
 import pytest
 import tiny_runs
@@ -28,23 +27,12 @@ def untouched(tmp_path_factory, overrides):
 
 
 def arguments(run_dir, overrides) -> list[str]:
-    config = tiny_runs.write_yaml(run_dir.with_suffix(".yaml"), tiny_runs.PRETRAIN)
-    return ["encoder_pretrain", "--config", str(config), f"run_dir={run_dir}", *overrides]
-
-
-def curve(run_dir, name) -> list[float]:
-    return [line[name] for line in tiny_runs.read_lines(run_dir / "metrics.jsonl") if name in line]
+    return tiny_runs.stage_arguments("encoder_pretrain", run_dir, tiny_runs.PRETRAIN, *overrides)
 
 
 def test_a_run_killed_at_a_random_step_and_started_again_ends_bit_identical(tmp_path, overrides, untouched):
     step, run_dir = random.SystemRandom().randint(5, STEPS - 2), tmp_path / "run"
-    first = tiny_runs.Process(tmp_path / "first.log", "run", *arguments(run_dir, overrides))
-    first.wait_for_step(run_dir, step)
-    first.process.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL, f"killed at step {step}"
-    again = tiny_runs.Process(tmp_path / "again.log", "run", *arguments(run_dir, overrides))
-    assert again.wait() == 0, again.log.read_text()[-3000:]
-    assert "resuming from" in again.log.read_text(), f"killed at step {step}"
+    tiny_runs.kill_and_go_on(run_dir, arguments(run_dir, overrides), step=step)
     tiny_runs.assert_same_run(run_dir, untouched, steps=STEPS, message=f"killed at step {step}")
     quantizers = [(d / "artifact/quantizer.safetensors").read_bytes() for d in (run_dir, untouched)]
     assert quantizers[0] == quantizers[1]
@@ -59,8 +47,8 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path, overrides, 
         close = {"rtol": 1e-5, "atol": 1e-6, "msg": lambda text, name=name: name + text}
         tiny_runs.torch.testing.assert_close(two[name], one[name], **close)
     for name in ("train/loss", "ssl/mask_acc", "ssl/target_perplexity", "ssl/unigram_acc", "valid/dev/loss"):
-        assert curve(run_dir, name) == pytest.approx(curve(untouched, name), rel=1e-4), name
-        assert curve(untouched, name), name
+        assert tiny_runs.curve(run_dir, name) == pytest.approx(tiny_runs.curve(untouched, name), rel=1e-4), name
+        assert tiny_runs.curve(untouched, name), name
     # An entropy of all codes of a step, and no mean of two entropies.
     for name in ("ssl/codebook_entropy", "valid/dev/codebook_entropy", "valid/dev/target_perplexity"):
-        assert curve(run_dir, name) == pytest.approx(curve(untouched, name), rel=1e-12), name
+        assert tiny_runs.curve(run_dir, name) == pytest.approx(tiny_runs.curve(untouched, name), rel=1e-12), name

@@ -30,8 +30,7 @@ def untouched(tmp_path_factory, overrides):
 
 
 def arguments(run_dir, overrides) -> list[str]:
-    config = tiny_runs.write_yaml(run_dir.with_suffix(".yaml"), tiny_runs.SFT)
-    return ["sft", "--config", str(config), f"run_dir={run_dir}", *overrides]
+    return tiny_runs.stage_arguments("sft", run_dir, tiny_runs.SFT, *overrides)
 
 
 def assert_same_run(run_dir, untouched, *, message) -> None:
@@ -49,14 +48,7 @@ def test_the_ledger_shows_every_utterance_once_an_epoch(untouched):
 
 def test_a_run_killed_at_a_random_step_and_started_again_ends_bit_identical(tmp_path, overrides, untouched):
     step, run_dir = random.SystemRandom().randint(5, STEPS - 2), tmp_path / "run"
-    first = tiny_runs.Process(tmp_path / "first.log", "run", *arguments(run_dir, overrides))
-    first.wait_for_step(run_dir, step)
-    first.process.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL, f"killed at step {step}"
-    assert not (run_dir / "artifact").exists(), f"killed at step {step}"
-    again = tiny_runs.Process(tmp_path / "again.log", "run", *arguments(run_dir, overrides))
-    assert again.wait() == 0, again.log.read_text()[-3000:]
-    assert "resuming from" in again.log.read_text(), f"killed at step {step}"
+    tiny_runs.kill_and_go_on(run_dir, arguments(run_dir, overrides), step=step)
     assert_same_run(run_dir, untouched, message=f"killed at step {step}")
 
 

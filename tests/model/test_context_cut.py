@@ -1,8 +1,20 @@
-"""Cutting a context: whole phrases go, from the end; what must stay is passed over; control characters are spaces."""
+"""Cutting a context: whole phrases go, from the end; what must stay is passed over; control characters are dropped."""
 
 import pytest
 
+from seedling.data.contexts.text import clean_context
 from seedling.model.context_cut import clean_text, cut
+
+NASTY = [
+    "Kait\u200blyn\u202e\x00Bob",
+    "a\x00b\x1b[31mc\x7f\x85d\x9be",
+    "\ufeffname\u2060s \u00adand\u2028lines\u2029here\r\nthere\x0bup\x0cdown\x1cfile",
+    "\u2066left\u2069 \u061cright\u200e\u200f",
+    "\u00a0wide\u3000\u2003spaces\u202f",
+    "👩\u200d🚀 می\u200cخواهم क्\u200dष",
+    "\ue000private \U000e0041tag \uffff\U0010ffff",
+    "".join(map(chr, [*range(0x300), *range(0x2000, 0x2070), *range(0xFFF0, 0x10000)])),
+]
 
 
 def words(limit: int):
@@ -64,10 +76,15 @@ def test_what_is_left_fits_and_is_the_most_that_does(limit):
     assert not longer
 
 
-def test_control_characters_become_spaces_and_other_scripts_stay():
-    assert clean_text("a\x00b\x1b[31mc\x7f\x85d") == "a b [31mc  d"
+def test_control_characters_are_dropped_and_other_scripts_stay():
+    assert clean_text("a\x00b\x1b[31mc\x7f\x85d") == "ab[31mc d"
     assert clean_text(" 名字\tИмя\nاسم \x07") == "名字\tИмя\nاسم"
     assert clean_text("\x00\n ") == ""
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_context_reads_alike_in_training_and_in_a_prompt(text):
+    assert " ".join(clean_text(text).split()) == clean_context(text)
 
 
 def test_what_is_no_text_is_refused_by_place():

@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from random_llms import END, make_end_likely, prompts_of
 
 from seedling.model.context_search import ContextPrompt, ContextScorer
 from seedling.model.ctc_prefix import CTCPrefixes, TokenBytes, token_bytes
@@ -14,7 +15,6 @@ from seedling.model.ctc_scorer import CTCGains
 from seedling.model.decoding import DecodeConfig, Hypothesis, decode
 from seedling.model.llm_scorer import llm_scorer
 
-END = 1
 INF = math.inf
 OFF = {"context_prune": INF, "context_top_k": 0}
 
@@ -147,19 +147,6 @@ def test_an_utterance_without_context_costs_no_second_row():
     decode(ContextScorer(table, config=config), prompts, limits=[1, 5, 5], end=END, config=config)
     assert table.rows_seen[0] == 3 + 1
     assert table.rows_seen[1] <= 2 * 3 + 3
-
-
-def prompts_of(llm, lengths: list[int], *, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    table = llm.get_input_embeddings().weight.detach()
-    return [table[torch.randint(2, 300, (n,), generator=generator)] for n in lengths]
-
-
-def make_end_likely(llm, *, by: float) -> None:
-    head = llm.get_output_embeddings()
-    bias = torch.zeros(head.out_features)
-    bias[END] = by
-    head.bias = torch.nn.Parameter(bias)
 
 
 def search(llm, prompts, *, limits: list[int] | None = None, **settings) -> list[list[Hypothesis]]:

@@ -7,28 +7,14 @@ import zlib
 
 import pytest
 import torch
+from random_llms import END, make_end_likely, prompts_of
 from transformers import GenerationConfig
 
 from seedling.model.ctc_prefix import token_bytes
 from seedling.model.decoding import DecodeConfig, Hypothesis, decode
 from seedling.model.llm_scorer import llm_scorer
 
-END = 1
 FAMILIES = ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe", "gemma2"]
-
-
-def prefixes_of(llm, lengths: list[int], *, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    table = llm.get_input_embeddings().weight.detach()
-    return [table[torch.randint(2, 300, (n,), generator=generator)] for n in lengths]
-
-
-def make_end_likely(llm, *, by: float) -> None:
-    """Random models hardly ever end: raise the end token's logit, so that hypotheses of all lengths finish."""
-    head = llm.get_output_embeddings()
-    bias = torch.zeros(head.out_features)
-    bias[END] = by
-    head.bias = torch.nn.Parameter(bias)
 
 
 def search(llm, prefixes, *, limits: list[int] | None = None, **config) -> list[list[Hypothesis]]:
@@ -72,7 +58,7 @@ def transformers_beams(llm, prefix: torch.Tensor, **settings) -> list[tuple[list
 def test_scores_are_those_of_a_forward_pass(family, beam_size, tiny_llm):
     llm = tiny_llm(family)
     make_end_likely(llm, by=3.0 if family != "gemma2" else 8.0)
-    prefixes = prefixes_of(llm, [9, 4, 14])
+    prefixes = prompts_of(llm, [9, 4, 14])
     for prefix, nbest in zip(prefixes, search(llm, prefixes, beam_size=beam_size, nbest=beam_size, max_new_tokens=12)):
         assert len(nbest) == beam_size
         for h in nbest:
@@ -92,7 +78,7 @@ def test_beam_search_equals_that_of_transformers(family, stop, length_penalty, t
     for seed, (beam_size, max_new_tokens) in enumerate(itertools.product([2, 5], [1, 6, 20])):
         llm = tiny_llm(family, seed=seed)
         make_end_likely(llm, by=2.0 + seed)
-        prefixes = prefixes_of(llm, [5, 12, 8], seed=seed)
+        prefixes = prompts_of(llm, [5, 12, 8], seed=seed)
         settings = {"max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
         ours = search(llm, prefixes, beam_size=beam_size, nbest=beam_size, stop=stop, **settings)
         for prefix, nbest in zip(prefixes, ours):
@@ -111,7 +97,7 @@ def test_greedy_equals_that_of_transformers(tiny_llm):
     for seed in range(4):
         llm = tiny_llm("qwen2", seed=seed)
         make_end_likely(llm, by=3.0)
-        prefixes = prefixes_of(llm, [5, 12, 8, 20], seed=seed)
+        prefixes = prompts_of(llm, [5, 12, 8, 20], seed=seed)
         for prefix, (h,) in zip(prefixes, search(llm, prefixes, max_new_tokens=15)):
             ids = llm.generate(
                 inputs_embeds=prefix[None],
@@ -126,7 +112,7 @@ def test_greedy_equals_that_of_transformers(tiny_llm):
 def test_the_text_of_an_utterance_does_not_depend_on_its_batch(family, beam_size, tiny_llm):
     llm = tiny_llm(family)
     make_end_likely(llm, by=3.0 if family != "gemma2" else 8.0)
-    prefixes = prefixes_of(llm, [3, 17, 9, 9, 1, 30, 12, 5])
+    prefixes = prompts_of(llm, [3, 17, 9, 9, 1, 30, 12, 5])
     limits = [12, 4, 9, 12, 12, 7, 1, 12]
     config = {"beam_size": beam_size, "nbest": beam_size}
     alone = [search(llm, [p], limits=[n], **config)[0] for p, n in zip(prefixes, limits)]
@@ -258,7 +244,7 @@ def test_limits_hold_per_utterance_and_mark_what_was_cut(tiny_llm):
     llm = tiny_llm()
     make_end_likely(llm, by=-1e4)
     for beam_size in (1, 3):
-        out = search(llm, prefixes_of(llm, [4, 6, 5]), limits=[3, 11, 1], beam_size=beam_size)
+        out = search(llm, prompts_of(llm, [4, 6, 5]), limits=[3, 11, 1], beam_size=beam_size)
         assert [len(nbest[0].ids) for nbest in out] == [3, 11, 1]
         assert not any(nbest[0].complete for nbest in out)
 

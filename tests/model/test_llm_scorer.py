@@ -6,26 +6,13 @@ import random
 
 import pytest
 import torch
+from random_llms import END, make_end_likely, prompts_of
 
 from seedling.model import llm_scorer as module
 from seedling.model.decoding import DecodeConfig, decode
 from seedling.model.llm_scorer import RowScorer, TreeScorer, groups_by_length, llm_scorer, takes_trees
 
-END = 1
 TREES = ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granite", "cohere"]
-
-
-def prompts_of(llm, lengths: list[int], *, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    table = llm.get_input_embeddings().weight.detach()
-    return [table[torch.randint(2, 300, (n,), generator=generator)] for n in lengths]
-
-
-def make_end_likely(llm, *, by: float = 3.0) -> None:
-    head = llm.get_output_embeddings()
-    bias = torch.zeros(head.out_features)
-    bias[END] = by
-    head.bias = torch.nn.Parameter(bias)
 
 
 @pytest.fixture
@@ -42,7 +29,7 @@ def test_both_scorers_find_the_same(family, attention, little_room, tiny_llm):
     for beam_size in (1, 2, 3, 8):
         llm = tiny_llm(family, seed=beam_size)
         llm.set_attn_implementation(attention)
-        make_end_likely(llm)
+        make_end_likely(llm, by=3.0)
         prompts = prompts_of(llm, [3, 17, 9, 9, 1, 60, 12, 5], seed=beam_size)
         order = rng.sample(range(8), k=8)
         config = DecodeConfig(beam_size=beam_size, nbest=beam_size)

@@ -117,6 +117,7 @@ def test_names_that_sound_alike_are_told_apart_by_the_context_and_by_nothing_els
 @pytest.mark.parametrize("search", ["plain", "joint"])
 def test_the_spelling_is_that_of_the_keywords_whichever_it_is(names_run, heldout_names, search):
     recogniser = load(names_run)
+    assert recogniser.model.config.reads_contexts
     waves = [tiny_runs.speak(text, seed=i) for i, text in enumerate(heldout_names)]
     for name, other in (NAMES, NAMES[::-1]):
         heard = [t.text for t in recogniser.transcribe(waves, keywords=["call", name, "open"], context_search=search)]

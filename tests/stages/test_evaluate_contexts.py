@@ -154,7 +154,7 @@ def test_a_limit_that_cannot_be_checked_is_named_before_anything_is_decoded(held
 
     monkeypatch.setattr(evaluate, "decoded", lambda *_, **__: pytest.fail("decoded"))
     bare = write_sidecar(tmp_path / "bare", heldout, lambda i: context([]))
-    with pytest.raises(ValueError, match=r"max_echo\.bare: no utterance of .* has a context with phrases in .*bare"):
+    with pytest.raises(ValueError, match=r"max_echo\.bare: no utterance of .* has a context in .*bare"):
         tiny_runs.train(
             "evaluate", tmp_path / "run", {}, *arguments, f"contexts.bare={bare}", "max_echo.bare=1", "max_echo.wrong=1"
         )

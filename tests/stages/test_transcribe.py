@@ -153,6 +153,16 @@ def test_keywords_are_the_list_that_a_context_would_be(recogniser, known):
             recogniser.transcribe(wave, **given)
 
 
+def test_a_recogniser_that_was_not_trained_with_contexts_says_so_once(recogniser, known, caplog):
+    fresh = type(recogniser)(recogniser.model)
+    fresh.transcribe(known[0][1])
+    assert not caplog.records
+    for _ in range(2):
+        fresh.transcribe(known[0][1], "Marc, lamp")
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "was not trained with contexts" in warning
+
+
 def test_the_search_with_a_context_can_be_chosen(recogniser, known):
     wave, lists = known[0][1], "Marc, lamp"
     plain, joint, deaf = (

@@ -6,6 +6,7 @@ without any grammar: a language model cannot guess them, only listen.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -232,6 +233,29 @@ class Process:
         while not ledger.exists() or ledger.read_text().count("\n") < step:
             assert time.time() < deadline and self.process.poll() is None, self.log.read_text()[-3000:]
             time.sleep(0.002)
+
+
+def stage_arguments(stage: str, run_dir: Path, values: dict, *overrides: str) -> list[str]:
+    """Return what follows `seedling run` for a stage whose settings are written beside the run."""
+    config = write_yaml(run_dir.with_suffix(".yaml"), values)
+    return [stage, "--config", str(config), f"run_dir={run_dir}", *overrides]
+
+
+def kill_and_go_on(run_dir: Path, arguments: list[str], *, step: int) -> None:
+    """Run a stage, kill it at a step, and start it again."""
+    first = Process(run_dir.with_name("first.log"), "run", *arguments)
+    first.wait_for_step(run_dir, step)
+    first.process.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL, f"killed at step {step}"
+    assert not (run_dir / "artifact").exists(), f"killed at step {step}"
+    again = Process(run_dir.with_name("again.log"), "run", *arguments)
+    assert again.wait() == 0, again.log.read_text()[-3000:]
+    assert "resuming from" in again.log.read_text(), f"killed at step {step}"
+
+
+def curve(run_dir: Path, name: str) -> list[float]:
+    """Return the values of a metric, step by step."""
+    return [line[name] for line in read_lines(run_dir / "metrics.jsonl") if name in line]
 
 
 def run_ranks(folder: Path, ranks: int, stage: str, *arguments: str) -> None:

@@ -13,8 +13,9 @@ from seedling.data.contexts.config import ContextsConfig
 from seedling.data.contexts.contextualize import contextualize
 from seedling.data.contexts.corpus import ContextError
 from seedling.data.contexts.sidecar import Contexts
-from seedling.data.contexts.text import FUNCTION_WORDS, clean_context, contains, leaks, words_of
+from seedling.data.contexts.text import clean_context, contains, leaks, words_of
 from seedling.data.demo_text import ENGLISH
+from seedling.data.function_words import FUNCTION_WORDS
 from seedling.data.phonetics import sounds_like
 
 ENTRIES = demo_entries(600)

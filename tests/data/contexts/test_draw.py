@@ -14,6 +14,7 @@ from seedling.data.audio_sets import AudioDataConfig, heldout
 from seedling.data.batches import make_loader
 from seedling.data.contexts.draw import ContextConfig, DrawnContexts, WithContexts
 from seedling.data.contexts.sidecar import (
+    Contexts,
     StaleContexts,
     UtteranceContext,
     context_shard_name,
@@ -197,6 +198,26 @@ def test_the_plan_counts_contexts_as_text(tmp_path, shards):
     refused = training(shards, drawn(long, shards), limits=PlanLimits(max_tokens=100)).plan
     with pytest.raises(ValueError, match="0 utterances within the limits"):
         next(refused.steps())
+
+
+@pytest.mark.parametrize("listed", [2, 1])
+def test_a_context_counts_as_the_most_tokens_it_may_have(tmp_path, shards, listed):
+    """Han outside a vocabulary is three tokens a character; format 1 did not count bytes, and must not be too low."""
+    texts = ["张伟，王芳", "abc", "", "张" * 200]
+    path = Corpus.open(str(shards)).shards[0]
+    name = context_shard_name(0, path)
+    written = {row: [UtteranceContext("relevant", text)] for row, text in enumerate(texts)}
+    write_context_shard(tmp_path, name, shard=path, contexts=written)
+    if listed == 1:
+        rows = np.load(tmp_path / f"{name}.rows.npy")
+        rows["bytes"][: len(texts)] = [len(text) for text in texts]
+        rows.dtype.names = ("key", "offset", "size", "chars")
+        np.save(tmp_path / f"{name}.rows.npy", rows)
+    write_context_index(tmp_path, [name], shards=[path])
+    contexts = DrawnContexts({path: Contexts(tmp_path)}, ContextConfig(max_tokens=100))
+    exact = np.array([15, 3, 0, 100])
+    most = contexts.most_tokens(path)[: len(texts)]
+    assert most.tolist() == exact.tolist() if listed == 2 else (most >= exact).all() and most[-1] == 100
 
 
 def test_a_sidecar_of_other_utterances_is_fatal_not_one_more_bad_utterance(sidecar, shards, tmp_path):

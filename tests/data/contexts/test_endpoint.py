@@ -121,7 +121,7 @@ def test_equal_questions_are_asked_once(tmp_path):
 )
 def test_passing_failures_are_tried_again(tmp_path, bad):
     with ChatServer(lambda number, body: bad if number in (1, 2, 5) else echo(number, body)) as server:
-        texts, counts = asked(server, 6, tmp_path, timeout_s=0.4)
+        texts, counts = asked(server, 6, tmp_path, timeout_s=0.4 if bad.delay else 30)
     assert texts == [f"answer to question {number}" for number in range(6)]
     assert counts["retries"] == 3 and counts["requests"] == len(server.bodies) == 9
 
@@ -131,6 +131,14 @@ def test_retry_after_is_obeyed_by_all(tmp_path):
     with ChatServer(lambda number, body: wait if number == 1 else echo(number, body)) as server:
         asked(server, 3, tmp_path, concurrency=1)
     assert server.times[1] - server.times[0] >= 0.6
+
+
+def test_a_server_that_wants_no_rest_is_still_given_the_backoff(tmp_path):
+    at_once = Reply(503, "", headers={"retry-after": "0"})
+    with ChatServer(lambda number, body: at_once if number <= 2 else echo(number, body)) as server:
+        asked(server, 1, tmp_path, backoff_s=0.2)
+    first, second, third = server.times
+    assert second - first >= 0.2 and third - second >= 0.4
 
 
 def test_no_more_than_so_many_at_once_and_so_many_a_minute(tmp_path):
@@ -191,6 +199,27 @@ def test_a_request_that_is_refused_for_what_it_says_is_left_to_the_templates(tmp
     with ChatServer(lambda number, body: Reply(400, "filtered") if number == 3 else echo(number, body)) as server:
         texts, counts = asked(server, 8, tmp_path, concurrency=1)
     assert texts.count(None) == 1 and counts["refused"] == 1 and len(server.bodies) == 8
+
+
+@pytest.mark.parametrize("refusal", [Reply(422, "filtered"), Reply(200, {"choices": []})])
+def test_a_refusal_is_not_paid_for_again(tmp_path, refusal):
+    def reply(number, body):
+        return refusal if body["messages"][1]["content"] == "question 3" else echo(number, body)
+
+    with ChatServer(reply) as server:
+        first, _ = asked(server, 6, tmp_path, concurrency=1, retries=1)
+        paid = len(server.bodies)
+        again, counts = asked(server, 6, tmp_path, concurrency=1, retries=1)
+    assert again == first and first[3] is None and len(server.bodies) == paid
+    assert counts["refused"] == 1 and counts["answers from the cache"] == 6
+
+
+def test_refusals_before_any_answer_are_no_verdict(tmp_path):
+    with ChatServer(lambda number, body: Reply(400, "no such parameter")) as server:
+        asked(server, 2, tmp_path)
+    with ChatServer(echo) as server:
+        texts, _ = asked(server, 2, tmp_path)
+    assert texts == ["answer to question 0", "answer to question 1"]
 
 
 def test_an_answer_that_gives_the_transcript_away_is_asked_once_more_and_then_left_to_templates(shards, tmp_path):

@@ -71,11 +71,11 @@ def test_every_utterance_gets_its_own_contexts_also_from_a_pickled_reader(folder
             assert read(reader, audio, shard, row) == tuple(contexts_of(shard, row))
 
 
-def test_characters_are_those_of_the_longest_context_in_order_of_the_rows(folder, audio):
+def test_bytes_are_those_of_the_longest_context_in_order_of_the_rows(folder, audio):
     contexts, corpus = Contexts(folder), Corpus.open(audio)
     for shard, path in enumerate(corpus.shards):
-        longest = [max((len(c.text) for c in contexts_of(shard, row)), default=0) for row in range(UTTERANCES)]
-        found = contexts.characters(path)
+        longest = [max((len(c.text.encode()) for c in contexts_of(shard, row)), default=0) for row in range(UTTERANCES)]
+        found = contexts.text_bytes(path)
         assert found.tolist() == longest and found.dtype == np.int64
 
 
@@ -91,7 +91,7 @@ def test_several_sidecars_of_one_corpus_are_put_together(folder, audio, tmp_path
     more = contextualize(tmp_path / "more", audio, tag="B")
     contexts = Contexts([folder, more])
     assert read(contexts, audio, 0, 2) == tuple(contexts_of(0, 2)) + tuple(contexts_of(0, 2, tag="B"))
-    assert contexts.characters(Corpus.open(audio).shards[0])[2] == len(contexts_of(0, 2, tag="B")[0].text)
+    assert contexts.text_bytes(Corpus.open(audio).shards[0])[2] == len(contexts_of(0, 2, tag="B")[0].text.encode())
     assert len({contexts.fingerprint, Contexts(folder).fingerprint, Contexts(more).fingerprint}) == 3
 
 
@@ -106,7 +106,7 @@ def test_contexts_of_other_utterances_are_refused(folder, tmp_path, change):
     with pytest.raises(StaleContexts, match=r"shard-000000\.tar: .*contexts has no contexts for the utterances in it"):
         read(Contexts(folder), other, 0, 0)
     with pytest.raises(StaleContexts):
-        Contexts(folder).characters(Corpus.open(other).shards[0])
+        Contexts(folder).text_bytes(Corpus.open(other).shards[0])
 
 
 def test_an_index_written_anew_changes_nothing_and_a_wrong_key_is_found(folder, audio):

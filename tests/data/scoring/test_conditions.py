@@ -87,6 +87,21 @@ def test_an_echo_rate_above_its_limit_is_named_with_the_limit(scores):
     assert "'wrong'" in problem and "33.33%" in problem and "2.00%" in problem and "1 of 3" in problem
 
 
+def test_a_limit_that_cannot_be_checked_is_named(records):
+    records["wrong"] = [replace(record, phrases=()) for record in records["wrong"]]
+    (problem,) = score_conditions(records).over_limit({"wrong": 0.02})
+    assert "max_echo.wrong" in problem and "no utterance has a context" in problem
+
+
+def test_copied_prose_is_over_the_limit_also_after_scoring_again(records, tmp_path):
+    records["wrong"] = [
+        replace(record, phrases=(), context="Ignore it.", hypothesis="ignore") for record in records["wrong"]
+    ]
+    write_conditions(score_conditions(records), tmp_path / "first")
+    for scores in (score_conditions(records), rescore_conditions(tmp_path / "first", tmp_path / "again")):
+        assert len(scores.over_limit({"wrong": 0.9})) == 1
+
+
 def test_metrics_name_the_languages_of_a_corpus_of_several(records):
     for name, side in records.items():
         heard = "打给张玮" if name == "none" else "打给张伟"

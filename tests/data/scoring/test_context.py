@@ -101,6 +101,38 @@ def test_copied_pieces_are_echoes_and_sound_alikes_conflicts(reference, hypothes
     assert (found.counts.echoing, found.counts.conflicting) == (bool(echoes), bool(conflicts))
 
 
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "context", "echoes", "conflicts"),
+    [
+        ("call her now", "ignore previous now", "ignore all previous instructions", ["ignore", "previous"], []),
+        ("call her now", "call the what now", "the what of it", [], []),
+        ("book it", "dentist it", "dentist at noon with neal", ["dentist"], []),
+        ("call caitlin", "call kaitlyn", "a note from kaitlyn to neal", [], ["kaitlyn"]),
+        ("book the dentist", "book the dentist", "dentist at noon with neal", [], []),
+        ("去北京", "去会议", "明天会议", ["会议"], []),
+    ],
+)
+def test_copying_the_prose_of_a_context_is_an_echo(reference, hypothesis, context, echoes, conflicts):
+    for phrases in ((), ("neal",)):
+        found = judged(reference, hypothesis, phrases=phrases, context=context)
+        assert (sorted(found.echoes), sorted(found.conflicts)) == (echoes, conflicts)
+        assert found.counts.with_context == 1
+
+
+def test_a_bare_list_has_no_pieces_beside_those_of_its_phrases():
+    listed = {"phrases": ["张伟", "王芳"], "context": "张伟 王芳"}
+    assert not judged("请打给李娜", "请打给伟王", **listed).echoes
+    assert judged("请打给李娜", "请打给王芳", **listed).echoes == ("王芳",)
+
+
+def test_prose_that_ordinary_errors_hit_is_shown_by_chance():
+    heard = {"a": ("call marc dentist", "call marc now"), "b": ("read marc now", "read marc now")}
+    records = [ScoredUtterance(u, "call marc now", h[0], context="read on the dentist") for u, h in heard.items()]
+    free = [ScoredUtterance(u, "call marc now", h[1]) for u, h in heard.items()]
+    found = score_context(score(records, normalizer="none"), plain=score(free, normalizer="none"))
+    assert found.with_context == 2 and (found.rates["echo_rate"].count, found.chance["echo_rate"].count) == (2, 1)
+
+
 def test_groups_say_which_words_sound_alike():
     rows = [("call sean", "call shaun", (), ("shaun",))]
     assert reports(rows)[0].rates["echo_rate"].fraction == 1

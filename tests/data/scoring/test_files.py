@@ -29,7 +29,7 @@ def lines_of(path):
 def test_every_hypothesis_line_has_raw_and_normalised_text(folder):
     rows = [json.loads(line) for line in lines_of(folder / "hyp.jsonl")]
     known = ["id", "ref_raw", "hyp_raw", "ref", "hyp", "nbest", "scores", "seconds", "rtf"]
-    assert list(rows[0]) == [*known, "memory_gb", "lang", "keywords", "phrases"]
+    assert list(rows[0]) == [*known, "memory_gb", "lang", "keywords", "phrases", "context"]
     assert rows[0]["ref_raw"] == "Hello, World!" and rows[0]["ref"] == "hello world"
     assert rows[0]["nbest"] == ["hello word", "hello world"] and rows[0]["rtf"] == 0.25
 
