@@ -130,9 +130,3 @@ def test_a_condition_may_not_be_named_as_a_language_of_the_corpus(records):
     german = [replace(one, lang="de") if one.id == "u0" else one for one in records["none"]]
     with pytest.raises(ValueError, match=r"contexts\.de: .*choose another name for the condition, such as de-contexts"):
         score_conditions({"none": german, "de": german})
-
-
-def test_an_echo_limit_without_any_phrase_is_a_problem(records):
-    bare = [replace(one, phrases=()) for one in records["right"]]
-    (problem,) = score_conditions(records | {"bare": bare}).over_limit({"bare": 0.5, "right": 0.5})
-    assert problem.startswith("max_echo.bare is 0.5 and no utterance has a context with phrases")

@@ -207,7 +207,7 @@ def test_conditions_of_other_utterances_are_refused():
         score_context(one, plain=score([ScoredUtterance("b", "x", "x")], normalizer="none"))
 
 
-def test_five_hundred_distractors_an_utterance_cost_milliseconds():
+def test_five_hundred_distractors_an_utterance_are_not_quadratic():
     """A list per utterance from one pool, as in the literature on biasing."""
 
     draws = random.Random(0)
@@ -215,6 +215,6 @@ def test_five_hundred_distractors_an_utterance_cost_milliseconds():
     rows = [
         ("call name1 surname1", "call name2", ("name1 surname1",), tuple(draws.sample(pool, 500))) for _ in range(100)
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     reports(rows)
-    assert time.perf_counter() - began < 3  # 0.4 s on one slow core
+    assert time.process_time() - began < 10  # 0.4 s; quadratic in the list it would be minutes
