@@ -44,7 +44,6 @@ bench: setup
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/encoder_step.py
-	$(BIN)/python benchmarks/decoding.py --sizes demo --utterances 16
 	$(BIN)/python benchmarks/long_form.py
 	$(BIN)/python benchmarks/decoding.py
 
