@@ -191,7 +191,7 @@ def score(
         languages=_by_language(utterances, references, hypotheses, normalize, seed=seed, replicates=replicates),
         keywords=tuple(tuple(map(normalize, u.keywords)) for u in utterances),
         phrases=tuple(tuple(map(normalize, u.phrases)) for u in utterances),
-        contexts=tuple(normalize(u.context) for u in utterances),
+        contexts=tuple(normalize(u.context) if u.context else "" for u in utterances),
         equivalences=tuple(tuple(sorted(group)) for group in equivalences or ()),
         seed=seed,
     )

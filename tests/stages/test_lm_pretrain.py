@@ -1,7 +1,5 @@
 """lm_pretrain on a toy language: a Hugging Face folder comes out, and it can repeat what stands in its prompt."""
 
-import json
-
 import pytest
 import tiny_runs
 import torch
@@ -13,7 +11,6 @@ from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.model.llm import load_llm, load_tokenizer
 from seedling.model.prompt import tokenize
-from seedling.stages import lm_pretrain
 from seedling.stages.lm_pretrain import LMPretrain, SmallLMConfig
 from seedling.stages.runtime.artifacts import load_artifact
 
@@ -153,11 +150,3 @@ def test_the_log_of_a_run_on_text_speaks_of_text(tmp_path, capsys):
     lines = [line for line in tiny_runs.read_lines(run / "metrics.jsonl") if "train/loss" in line]
     assert len(lines) == 2 and not [name for line in lines for name in line if "audio" in name]
     assert all(0 < line["train/padding_frac_text"] < 0.5 for line in lines)
-
-
-def test_groups_of_sound_alikes_that_share_a_word_are_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(lm_pretrain, "tokenize", lambda tokenizer, word: [ord(letter) for letter in word])
-    (tmp_path / "groups.json").write_text(json.dumps([["a", "b"], ["c", "d"], ["b", "c"], ["e"]]))
-    alike = lm_pretrain._sound_alikes(str(tmp_path / "groups.json"), None)
-    groups = {chr(token): "".join(sorted(map(chr, group))) for token, group in alike.items()}
-    assert groups == dict.fromkeys("abcd", "abcd") | {"e": "e"}

@@ -287,7 +287,7 @@ def test_a_wrong_setting_is_named(settings, said):
 @pytest.mark.parametrize("content", ["{", '["a"]', "[[1]]"])
 def test_a_wrong_file_is_named(shards, tmp_path, content):
     (tmp_path / "groups.json").write_text(content)
-    with pytest.raises(ContextError, match=r"sound_alikes: .*groups\.json"):
+    with pytest.raises(ValueError, match=r"sound_alikes: .*groups\.json"):
         contextualize(shards, tmp_path / "out", ContextsConfig(sound_alikes=str(tmp_path / "groups.json"), jobs=1))
     with pytest.raises(ContextError, match=r"distractors: .*nowhere\.txt cannot be read"):
         contextualize(shards, tmp_path / "out", ContextsConfig(distractors=str(tmp_path / "nowhere.txt"), jobs=1))
