@@ -137,9 +137,10 @@ class LMPretrain:
                 losses = {
                     "loss_sentences": model.losses(ids, [None] * len(ids))[0],
                     "loss_repetitions": model.losses(ids, clear)[0],
-                    "loss_unclear": _where(*model.losses(ids, unclear)),
-                    "loss_in_context": _where(*model.losses(ids, listed)),
                 }
+                for name, heard in (("loss_unclear", unclear), ("loss_in_context", listed)):
+                    nll_N, is_unclear_N = model.losses(ids, heard)
+                    losses[name] = nll_N[is_unclear_N]
             for name, nll_N in losses.items():
                 sums[name][0] += nll_N.sum().item()
                 sums[name][1] += len(nll_N)
@@ -157,10 +158,6 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids between two phrases of a list, as contexts have them: those of `, ` where a word follows."""
     word = tokenize(tokenizer, "a")
     return tokenize(tokenizer, "a, a")[len(word) : -len(word)]
-
-
-def _where(nll_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
-    return nll_N[chosen_N]
 
 
 def _lines(path: Path) -> Iterable[str]:
