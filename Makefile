@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python benchmarks/encoder_step.py
 	$(BIN)/python benchmarks/long_form.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/rl_step.py
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from seedling.data.tokenizer import train_bpe
 from seedling.model.audio_llm import AudioLLM
-from seedling.model.conformer import PRESETS, ConformerEncoder
+from seedling.model.conformer import PRESETS, ConformerConfig, ConformerEncoder
 from seedling.model.context_search import ContextPrompt, ContextScorer
 from seedling.model.converter import ConverterConfig
 from seedling.model.decoding import DecodeConfig, Hypothesis, decode
@@ -87,14 +87,22 @@ class Speech:
         self.limits = [max(2, round(s * TOKENS_PER_SECOND)) for s in self.seconds]
 
 
-def by_generate(llm: LlamaForCausalLM, prompts: list[Tensor], *, beams: int) -> list[list[int]]:
+def by_generate(
+    llm: LlamaForCausalLM, prompts: list[Tensor], *, beams: int, nbest: int = 1, limit: int = LIMIT
+) -> list[list[int]]:
+    """Return the `nbest` transcripts of the first prompt, of the second, and so on, in one list."""
     longest = max(map(len, prompts))
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     out = llm.generate(
         inputs_embeds=torch.stack([torch.nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts]),
         attention_mask=mask,
         generation_config=GenerationConfig(
-            eos_token_id=END, pad_token_id=0, do_sample=False, num_beams=beams, max_new_tokens=LIMIT
+            eos_token_id=END,
+            pad_token_id=0,
+            do_sample=False,
+            num_beams=beams,
+            num_return_sequences=nbest,
+            max_new_tokens=limit,
         ),
     )
     return [ids[: ids.index(END)] if END in ids else ids for ids in out.tolist()]
@@ -168,23 +176,30 @@ def joint_against_plain(llm: LlamaForCausalLM, size: str, args: argparse.Namespa
     return lines
 
 
-def whole_recogniser(args: argparse.Namespace) -> Iterator[str]:
-    """Joint against plain, waveforms to hypotheses, at the demo's shape, without and with the CTC head."""
-    llm, rng = random_llm("demo"), np.random.default_rng(0)
+def random_recogniser(size: str, encoder: ConformerConfig, **parts) -> AudioLLM:
+    """Return a whole recogniser with random weights, in evaluation mode; its LLM is that of `random_llm`."""
+    llm, rng = random_llm(size), np.random.default_rng(0)
     letters = list("etaoinshrdlu")
     words = ["".join(rng.choice(letters, size=rng.integers(2, 9))) for _ in range(4000)]
+    tokenizer = train_bpe(words, vocab_size=min(SIZES[size][3], 1200))
     torch.manual_seed(0)
-    model = AudioLLM.assemble(
-        encoder=ConformerEncoder(PRESETS["demo"]),
-        llm=llm,
-        tokenizer=train_bpe(words, vocab_size=1200),
-        converter=ConverterConfig(stride=2),
-        ctc=True,
-    ).eval()
+    encoder, converter = ConformerEncoder(encoder), ConverterConfig(stride=2)
+    return AudioLLM.assemble(encoder=encoder, llm=llm, tokenizer=tokenizer, converter=converter, **parts).eval()
+
+
+def waveforms_of(seconds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return noise of these lengths: waveforms_BN and lengths_B."""
+    lengths_B = torch.tensor([int(16000 * s) for s in seconds])
+    return 0.1 * torch.randn(len(lengths_B), int(lengths_B.max())), lengths_B
+
+
+def whole_recogniser(args: argparse.Namespace) -> Iterator[str]:
+    """Joint against plain, waveforms to hypotheses, at the demo's shape, without and with the CTC head."""
+    model, rng = random_recogniser("demo", PRESETS["demo"], ctc=True), np.random.default_rng(1)
+    llm = model.llm
     set_end(llm, -1e4)
     speech = Speech(llm, utterances=args.utterances[0])
-    lengths_B = torch.tensor([int(seconds * 16000) for seconds in speech.seconds])
-    waveforms_BN = 0.1 * torch.randn(len(lengths_B), int(lengths_B.max()))
+    waveforms_BN, lengths_B = waveforms_of(speech.seconds)
     for ctc_weight in (0.0, 0.3):
         for name, tokens in CONTEXTS.items():
             contexts = [rng.integers(FIRST_WORD, 1200, size=tokens).tolist() for _ in lengths_B]
