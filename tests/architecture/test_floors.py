@@ -14,6 +14,7 @@ FLOORS = {
     "quant": 2,
     "stages.runtime": 3,
     "stages.recogniser": 4,
+    "stages.reinforcement": 4,
     "stages": 5,
     "launch": 6,
     "seedling": 7,
