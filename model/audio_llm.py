@@ -43,12 +43,17 @@ from .speech_encoder import speech_encoder_facts
 
 
 class SpeechOutput(NamedTuple):
-    """Speech as the LLM sees it, and the encoder's output that it came from."""
+    """Speech as the LLM sees it, the encoder's output that it came from, and how long the waveforms were."""
 
     speech_BSL: Tensor
     lengths_B: Tensor
     encoder_BTD: Tensor
     encoder_lengths_B: Tensor
+    samples_B: Tensor
+
+    def detach(self) -> "SpeechOutput":
+        """Return the same without its graph: what was encoded to be learnt from can be searched as well."""
+        return SpeechOutput(*(tensor.detach() for tensor in self))
 
 
 class AudioLLMOutput(NamedTuple):
@@ -184,8 +189,8 @@ class AudioLLM(AssembledModel):
     def encode_speech(self, waveforms_BN: Tensor, lengths_B: Tensor) -> SpeechOutput:
         """Return speech embeddings in the LLM's type, for waveforms in [-1, 1] and their lengths in samples."""
         encoder_BTD, encoder_lengths_B = self._encode(waveforms_BN, lengths_B)
-        speech_BSL, lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
-        return SpeechOutput(speech_BSL.to(self.llm.dtype), lengths_B, encoder_BTD, encoder_lengths_B)
+        speech_BSL, speech_lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
+        return SpeechOutput(speech_BSL.to(self.llm.dtype), speech_lengths_B, encoder_BTD, encoder_lengths_B, lengths_B)
 
     def _encode(self, waveforms_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return encoder_BTD and its lengths."""
@@ -311,21 +316,37 @@ class AudioLLM(AssembledModel):
         """Return the N-best hypotheses of each utterance, best first; `config` None: by the model's own settings."""
         if self.training:
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
-        config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
+        return self.search(speech, contexts_ids=contexts_ids, languages=languages, config=config)
+
+    @torch.no_grad()
+    def search(
+        self,
+        speech: SpeechOutput,
+        *,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+        config: DecodeConfig | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return what `transcribe_ids` does, for speech that has been encoded."""
+        config = config or self.decode_config
         joint = config.context_search == "joint" and any(contexts_ids or [])
         prefixes = self.build_prompt(speech, contexts_ids, languages)
         if joint:
             assert contexts_ids is not None
             plain = self.build_prompt(speech, languages=languages)
             prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
-        sample_rate = self.fbank.cfg.sample_rate
-        limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
         llm, ctc = llm_scorer(self.llm), self._ctc_gains(speech, config) if config.ctc_weight else None
         scorer: StepScorer = llm if ctc is None else CTCScorer(llm, ctc)
         if joint:
             scorer = ContextScorer(llm, config=config, ctc=ctc)
+        limits = self._limits(speech, config)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    def _limits(self, speech: SpeechOutput, config: DecodeConfig) -> list[int]:
+        """Return the most tokens that each utterance may have."""
+        sample_rate = self.fbank.cfg.sample_rate
+        return [config.limit(seconds=samples / sample_rate) for samples in speech.samples_B.tolist()]
 
     @property
     def decode_config(self) -> DecodeConfig:
