@@ -39,6 +39,7 @@ from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
 from .llm_scorer import llm_scorer
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
+from .sampling import sample
 from .speech_encoder import speech_encoder_facts
 
 
@@ -289,6 +290,10 @@ class AudioLLM(AssembledModel):
         """Return the CTC head's loss alone: neither converter nor LLM runs."""
         return self._ctc_loss(*self._encode(waveforms_BN, lengths_B), targets)
 
+    def speech_ctc_loss(self, speech: SpeechOutput, targets: list[list[int]]) -> CTCLoss:
+        """Return the CTC head's loss on speech that has been encoded."""
+        return self._ctc_loss(speech.encoder_BTD, speech.encoder_lengths_B, targets)
+
     def _ctc_loss(self, encoder_BTD: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:
         if self.ctc_head is None:
             raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
@@ -342,6 +347,30 @@ class AudioLLM(AssembledModel):
             scorer = ContextScorer(llm, config=config, ctc=ctc)
         limits = self._limits(speech, config)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        speech: SpeechOutput,
+        *,
+        num: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return `num` samples of the LLM's distribution for each utterance, in the order drawn (model/sampling.py)."""
+        return sample(
+            llm_scorer(self.llm),
+            self.build_prompt(speech, contexts_ids, languages),
+            limits=self._limits(speech, self.decode_config),
+            end=self.prompt_tokens.end,
+            num=num,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+        )
 
     def _limits(self, speech: SpeechOutput, config: DecodeConfig) -> list[int]:
         """Return the most tokens that each utterance may have."""

@@ -226,7 +226,13 @@ class RecogniserTraining:
             for prefix, hypotheses in heard.items():
                 for name, errors, count in self.scores(batch, hypotheses):
                     add(f"{prefix}{name}", errors, count)
+            for name, (value, count) in self.beyond_greedy(model, batch).items():
+                add(name, float(value), float(count))
         return sums
+
+    def beyond_greedy(self, model: AudioLLM, batch: AudioBatch) -> dict[str, tuple[Any, Any]]:
+        """Return what else a stage measures on a validation batch."""
+        return {}
 
     def scores(self, batch: AudioBatch, hypotheses: list[str]) -> list[tuple[str, float, float]]:
         """Return the (name, sum, count) of what one set of hypotheses is measured by."""

@@ -88,6 +88,8 @@ class Trainer:
         with closing(self._open_log()) as self.log, StopRequest() as self.stop:
             self.announce()
             self.dry_run()
+            if self.train.eval_first and self.state.step == 0:
+                self.evaluate()
             for fed in self.meters.waited(self.steps()):
                 agreed = self.agree(fed)
                 result = self.train_step(fed, agreed)
