@@ -56,6 +56,10 @@ class SpeechOutput(NamedTuple):
         """Return the same without its graph: what was encoded to be learnt from can be searched as well."""
         return SpeechOutput(*(tensor.detach() for tensor in self))
 
+    def of(self, rows_R: Tensor) -> "SpeechOutput":
+        """Return the speech of these utterances, in this order; one may be taken several times."""
+        return SpeechOutput(*(value[rows_R] for value in self))
+
 
 class AudioLLMOutput(NamedTuple):
     """Sums and counts over the batch; the trainer alone divides. Target positions run utterance by utterance."""
@@ -208,18 +212,20 @@ class AudioLLM(AssembledModel):
     ) -> list[Tensor]:
         """Return each utterance's prefix_PL, the embeddings of [instruction | context | speech], for decoding."""
         empty = [[] for _ in speech.lengths_B]
-        embeddings_BTL, lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=empty)
+        embeddings_BTL, lengths = self.embed(speech, contexts_ids, languages, transcripts_ids=empty)
         return [prefix_TL[:length] for prefix_TL, length in zip(embeddings_BTL, lengths)]
 
-    def _embed(
+    def embed(
         self,
         speech: SpeechOutput,
-        contexts_ids: list[list[int] | None] | None,
-        languages: list[str | None] | None,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
         *,
         transcripts_ids: list[list[int]],
     ) -> tuple[Tensor, list[int]]:
-        """Return embeddings_BTL, padded on the right, and the lengths."""
+        """Return embeddings_BTL of [prompt | transcript], padded on the right, and the lengths."""
+        if self.training and self.llm.training != self._llm_learns():
+            self.train()  # what is trained was chosen after the mode was
         tokens, speech_lengths = self.prompt_tokens, speech.lengths_B.tolist()
         contexts = contexts_ids or [None] * len(speech_lengths)
         languages = languages or [None] * len(speech_lengths)
@@ -258,10 +264,8 @@ class AudioLLM(AssembledModel):
         `languages` are tags of `prompts.languages`, which the instruction then names. `ctc_targets` (`ctc.text_bytes`
         of each transcript) adds the loss of the CTC head.
         """
-        if self.training and self.llm.training != self._llm_learns():
-            self.train()  # what is trained was chosen after the mode was
         speech = self.encode_speech(waveforms, lengths)
-        embeddings_BTL, prompt_lengths = self._embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
+        embeddings_BTL, prompt_lengths = self.embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
         logits_NV, targets_N, rows_N = self._target_logits(embeddings_BTL, prompt_lengths, transcripts_ids)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
         ctc = None

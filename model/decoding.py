@@ -11,6 +11,7 @@ C candidates, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -133,18 +134,41 @@ def decode(
 def greedy(
     scorer: StepScorer, prefixes: list[Any], *, limits: list[int], end: int, config: DecodeConfig
 ) -> list[list[Hypothesis]]:
-    """Take the likeliest token until the end token, the limit, or a step in which no token is allowed."""
-    log_probs_AV = scorer.start(prefixes)
-    running = list(range(len(prefixes)))
-    limit_A = torch.tensor(limits, device=log_probs_AV.device)
-    score_A = log_probs_AV.new_zeros(len(prefixes))
-    tokens_At = limit_A.new_empty(len(prefixes), 0)
-    found: list[list[Hypothesis]] = [[] for _ in prefixes]
-    while True:
+    """Take the likeliest token at every step."""
+
+    def likeliest(log_probs_AV: Tensor, tokens_At: Tensor, running: list[int]) -> Tensor:
         forbid_repeats(log_probs_AV, tokens_At, max_repeats=config.max_repeats)
-        best_A, token_A = log_probs_AV.max(-1)
-        stuck_A = best_A == -math.inf
-        score_A, tokens_At = score_A + best_A.masked_fill(stuck_A, 0.0), torch.cat([tokens_At, token_A[:, None]], dim=1)
+        return log_probs_AV.argmax(-1)
+
+    log_probs_RV, length_penalty = scorer.start(prefixes), config.length_penalty
+    found = roll_out(scorer, log_probs_RV, limits=limits, end=end, choose=likeliest, length_penalty=length_penalty)
+    return [[best] for best in found]
+
+
+def roll_out(
+    scorer: StepScorer,
+    log_probs_RV: Tensor,
+    *,
+    limits: list[int],
+    end: int,
+    choose: Callable[[Tensor, Tensor, list[int]], Tensor],
+    length_penalty: float,
+) -> list[Hypothesis]:
+    """Extend every row until the end token, its limit, or a step in which no token is allowed.
+
+    `log_probs_RV` are of the first token. `choose(log_probs_AV, tokens_At, running)` returns the next token of the A
+    rows that run, `running` of the R; it may forbid more of them by setting -inf.
+    """
+    log_probs_AV, running = log_probs_RV, list(range(len(log_probs_RV)))
+    limit_A = torch.tensor(limits, device=log_probs_AV.device)
+    score_A = log_probs_AV.new_zeros(len(running))
+    tokens_At = limit_A.new_empty(len(running), 0)
+    found = [Hypothesis() for _ in running]
+    while True:
+        token_A = choose(log_probs_AV, tokens_At, running)
+        gained_A = log_probs_AV.gather(1, token_A[:, None])[:, 0]
+        stuck_A = gained_A == -math.inf
+        score_A, tokens_At = score_A + gained_A.masked_fill(stuck_A, 0.0), torch.cat([tokens_At, token_A[:, None]], 1)
         over_A = (token_A == end) | (tokens_At.shape[1] >= limit_A) | stuck_A
         over = over_A.tolist()
         if any(over):
@@ -152,8 +176,8 @@ def greedy(
             stuck, scores = stuck_A[over_A].tolist(), score_A[over_A].tolist()
             for row, tokens, score, is_stuck in zip(rows, tokens_At[over_A].tolist(), scores, stuck):
                 said = tokens[:-1] if is_stuck else tokens
-                found[running[row]] = [hypothesis(said, score, end=end, length_penalty=config.length_penalty)]
-            running = [utterance for utterance, is_over in zip(running, over) if not is_over]
+                found[running[row]] = hypothesis(said, score, end=end, length_penalty=length_penalty)
+            running = [row for row, is_over in zip(running, over) if not is_over]
             if not running:
                 return found
             keep_A = (~over_A).nonzero()[:, 0]

@@ -47,6 +47,14 @@ def takes_trees(llm: PreTrainedModel) -> bool:
     return plain_columns and takes_positions and masked and not of_its_own
 
 
+def attention_mask(llm: PreTrainedModel, seen_BQT: Tensor) -> Tensor:
+    """Return the mask as the LM takes it: True where a query looks, or 0 there and the least number elsewhere."""
+    if llm.config.get_text_config()._attn_implementation == "sdpa":
+        return seen_BQT[:, None]
+    least = torch.finfo(llm.dtype).min
+    return torch.zeros_like(seen_BQT, dtype=llm.dtype).masked_fill(~seen_BQT, least)[:, None]
+
+
 class TreeScorer:
     """Rows of an utterance share its prompt's cache. Any number of rows per utterance, not the same for all."""
 
@@ -88,7 +96,7 @@ class TreeScorer:
             self.llm.get_input_embeddings()(tokens_UQ),
             rows_N=self.utterance_R,
             columns_N=self.slot_R,
-            attention_mask=self._ready(mask_UQT[:, None]),
+            attention_mask=attention_mask(self.llm, mask_UQT),
             position_ids=position_UQ,
             past_key_values=self.cache,
             use_cache=True,
@@ -126,13 +134,6 @@ class TreeScorer:
         columns_UT = live_UT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         self.cache.thin_out(columns_UT, room=max(ROOM, STEPS_OF_ROOM * self.slots))
         self.seen_RT = self.seen_RT.gather(1, columns_UT[self.utterance_R])
-
-    def _ready(self, mask: Tensor) -> Tensor:
-        """Return the mask as the attention takes it: True where it looks, or 0 there and the least elsewhere."""
-        if self.llm.config.get_text_config()._attn_implementation == "sdpa":
-            return mask
-        dtype = self.llm.dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 class RowScorer:

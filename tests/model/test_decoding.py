@@ -3,11 +3,11 @@
 import itertools
 import math
 import random
-import zlib
 
 import pytest
 import torch
 from random_llms import END, make_end_likely, prompts_of
+from table_scorer import TableScorer, forbidding
 from transformers import GenerationConfig
 
 from seedling.model.ctc_prefix import token_bytes
@@ -179,34 +179,6 @@ def test_the_score_of_decoding_is_minus_the_loss_of_training(tiny_audio_llm, noi
         assert math.isclose(h.score, -out.nll_N[out.rows_N == row].sum().item(), abs_tol=2e-3)
 
 
-class TableScorer:
-    """A scorer without a model: the next token's probabilities depend on the utterance and the tokens so far."""
-
-    def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
-        self.histories: list[tuple] = []
-        self.rows_seen: list[int] = []
-
-    def start(self, prefixes):
-        self.histories = [(prefix,) for prefix in prefixes]
-        return self._log_probs()
-
-    def step(self, tokens):
-        self.histories = [(*history, token) for history, token in zip(self.histories, tokens.tolist())]
-        return self._log_probs()
-
-    def select(self, rows):
-        self.histories = [self.histories[row] for row in rows.tolist()]
-
-    def _log_probs(self):
-        self.rows_seen.append(len(self.histories))
-        return torch.stack([self.next_of(history) for history in self.histories])
-
-    def next_of(self, history: tuple) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(repr(history).encode()))
-        return torch.randn(self.vocabulary, generator=generator).log_softmax(-1)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_a_beam_as_wide_as_the_search_space_finds_what_enumeration_finds(seed):
     """4 tokens, at most 4 of them: 3 + 9 + 27 beams at most, so a beam of 81 leaves nothing out."""
@@ -286,13 +258,6 @@ def test_the_repetition_guard_is_off_by_default_and_stops_phrases_when_on():
         ids = decode(likes(5, 6), [0], limits=[12], end=END, config=guarded)[0][0].ids
         assert ids[:5] == [5, 6, 5, 6, 5] and ids[5:6] != [6]
         assert decode(likes(5), [0], limits=[12], end=END, config=guarded)[0][0].ids[:3] != [5, 5, 5]
-
-
-def forbidding(scorer: TableScorer, forbidden) -> TableScorer:
-    """Let the scorer forbid the tokens that `forbidden(history)` names."""
-    free = scorer.next_of
-    scorer.next_of = lambda history: free(history).index_fill(0, torch.tensor(forbidden(history)).long(), -math.inf)
-    return scorer
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 5])
