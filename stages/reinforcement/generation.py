@@ -33,7 +33,7 @@ class GenerationConfig:
     to the next one with the weights of its checkpoint; with `every` = 1 it ends exactly as if never interrupted.
     """
 
-    workers: int = 0  # processes beside each rank; 0: the training process generates itself
+    workers: int = 0  # processes beside each rank, on its device; 0: the training process generates itself
     every: int = 1  # steps between two deliveries of weights to the workers
     max_staleness: int | None = None  # steps; older hypotheses are refused and made again. null: every - 1
     worker_threads: int = 1  # torch threads of each worker, whatever their number

@@ -1,5 +1,5 @@
-"""Who is asked for what with which weights, and what happens where answers are wrong or do not come. These workers are no
-processes; real ones are in test_worker_process.py."""
+"""Who is asked for what with which weights, and what happens where answers are wrong or do not come. These workers are
+no processes; real ones are in test_worker_process.py."""
 
 import threading
 from contextlib import closing, contextmanager
