@@ -102,6 +102,8 @@ def test_every_import_points_downwards():
         ("stages.sft", "from . import evaluate"),
         ("stages.recogniser.training", "from ..sft import SFT"),
         ("stages.runtime.trainer", "from ..recogniser.training import RecogniserTraining"),
+        ("stages.runtime.trainer", "from ..reinforcement.workers import Workers"),
+        ("stages.reinforcement.workers", "from ..recogniser.training import RecogniserTraining"),
         ("stages.runtime.trainer", "from ...model.conformer import ConformerEncoder"),
         ("stages.runtime.trainer", "from ..sft import SFT"),
         ("quant.solve", "from ..data.loader import AudioBatch"),
