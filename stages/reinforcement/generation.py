@@ -69,7 +69,7 @@ class GeneratingStage(TrainingStage, Protocol):
     `generate` is given the model in eval mode, without gradients and with torch seeded for the micro-batch.
     """
 
-    def generate(self, model: Any, batch: Any) -> NBests: ...
+    def generate(self, model: Any, batch: Any, **known: Any) -> NBests: ...
 
 
 class Generated(NamedTuple):
@@ -97,8 +97,11 @@ class Generation(Protocol):
         """Yield `steps` as they are, and know which step it is (`LooksAhead` in runtime/stage.py)."""
         ...
 
-    def of(self, model: nn.Module, batch: Any) -> Generated:
-        """Return the hypotheses of a batch of the step that was yielded last; a replay of it gets the same ones."""
+    def of(self, model: nn.Module, batch: Any, **known: Any) -> Generated:
+        """Return the hypotheses of a batch of the step that was yielded last; a replay of it gets the same ones.
+
+        `known` is what of the batch has been computed already, and is passed on where it is of use.
+        """
         ...
 
 
@@ -121,14 +124,14 @@ class InProcess:
         for self.step, fed in enumerate(steps, start=step):
             yield fed
 
-    def of(self, model: nn.Module, batch: Any) -> Generated:
+    def of(self, model: nn.Module, batch: Any, **known: Any) -> Generated:
         start = time.perf_counter()
-        hypotheses = generate(self.stage, model, batch, seed=self.seed)
+        hypotheses = generate(self.stage, model, batch, seed=self.seed, **known)
         seconds = time.perf_counter() - start
         return Generated(hypotheses, self.step, seconds, waited=seconds)
 
 
-def generate(stage: GeneratingStage, model: nn.Module, batch: Any, *, seed: int) -> NBests:
+def generate(stage: GeneratingStage, model: nn.Module, batch: Any, *, seed: int, **known: Any) -> NBests:
     """Call `stage.generate` as the pure function that it is to be; the model's mode and torch's state are as before."""
     device = next(model.parameters()).device
     training = model.training
@@ -136,7 +139,7 @@ def generate(stage: GeneratingStage, model: nn.Module, batch: Any, *, seed: int)
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(micro_batch_seed(seed, batch.index, purpose="generation"))
-            hypotheses = stage.generate(model, batch)
+            hypotheses = stage.generate(model, batch, **known)
     finally:
         model.train(training)
     assert len(hypotheses) == len(batch), f"generate gave {len(hypotheses)} lists for {len(batch)} utterances"

@@ -91,11 +91,11 @@ class Workers:
         finally:
             self._close()
 
-    def of(self, model: nn.Module, batch: Any) -> Generated:
+    def of(self, model: nn.Module, batch: Any, **known: Any) -> Generated:
         start = time.perf_counter()
         job = self.jobs.get(batch.index)
         if job is None:  # the dry run's, which is the same on all ranks: under ZeRO-3 they go through it together
-            hypotheses = generate(self.stage, model, batch, seed=self.cfg.seed)
+            hypotheses = generate(self.stage, model, batch, seed=self.cfg.seed, **known)
             seconds = time.perf_counter() - start
             return Generated(hypotheses, 0, seconds, waited=seconds)
         made = job.made.result()
