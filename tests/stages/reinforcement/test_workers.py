@@ -232,15 +232,17 @@ def test_no_worker_and_no_thread_is_left(tmp_path, early):
 
 
 def test_closing_does_not_wait_for_hypotheses_nor_start_what_it_kills(tmp_path, caplog):
-    killed = threading.Event()
+    killed, busy = threading.Event(), threading.Barrier(3)
 
     def answer(micro_batch, weights):
+        busy.wait(10)
         assert killed.wait(10)
         raise WorkerLost("ended with exit code -9")
 
     generating = Generating(tmp_path, answer=answer)
     with generating.prepared() as steps:
         next(steps)
+        busy.wait(10)
         for worker in generating.workers:
             worker.kill = killed.set
     assert len(generating.workers) == 2 and generating.source.restarts == 0
