@@ -132,9 +132,10 @@ class Worker:
             yield
         except BlockingIOError as silence:
             raise WorkerLost(f"was silent for {self.timeout_seconds:g} s") from silence
-        except (EOFError, OSError) as gone:
+        except (EOFError, OSError, multiprocessing.AuthenticationError) as gone:
             self.process.join(GRACE_SECONDS)
-            raise WorkerLost(f"ended with exit code {self.process.exitcode}") from gone
+            code = self.process.exitcode
+            raise WorkerLost("broke off" if code is None else f"ended with exit code {code}") from gone
 
 
 def limit_silence(stream: socket.socket, seconds: float) -> None:

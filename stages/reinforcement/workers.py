@@ -127,7 +127,8 @@ class Workers:
             threads=self.settings.worker_threads,
             frozen=frozen_digest(model),
         )
-        self.workers = [self.start(self.recipe) for _ in places]
+        for _ in places:
+            self.workers.append(self.start(self.recipe))
         self.threads = [threading.Thread(target=self._serve, args=(place,), daemon=True) for place in places]
         for thread in self.threads:
             thread.start()
@@ -144,6 +145,7 @@ class Workers:
         for worker in filter(None, self.workers):
             worker.close()
         self.threads, self.workers = [], []
+        self.jobs.clear()
 
     def _serve(self, place: int) -> None:
         """Do jobs until there is none: what a thread runs."""
@@ -173,8 +175,8 @@ class Workers:
                     self.refused += 1
             log.warning(problem)
         raise RuntimeError(
-            f"{problem}, after {tries - 1} such failures (generation.max_restarts={tries - 1}). Exit code -9 is mostly "
-            "a lack of memory: lower generation.workers or train.micro_batch_seconds"
+            f"{problem}, after {tries - 1} such failures (generation.max_restarts={tries - 1}); it says why above. "
+            "Exit code -9 is mostly a lack of memory: lower generation.workers or train.micro_batch_seconds"
         )
 
     def _objection(self, made: Made, job: Job) -> str | None:

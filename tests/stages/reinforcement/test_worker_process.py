@@ -210,7 +210,7 @@ def test_buffers_and_tied_weights_travel_and_frozen_ones_do_not():
 
 
 def test_a_worker_in_bf16_makes_what_a_bf16_run_makes(tmp_path):
-    cfg = speaking_config(tmp_path, train={"precision": "bf16", "zero_stage": 1, "max_steps": 1})
+    cfg = speaking_config(tmp_path, train={"precision": "bf16", "zero_stage": 2, "max_steps": 1})
     stage = SpeakingToy()
     run_training(stage, cfg, run_dir=tmp_path)
     _, model = built(cfg)
