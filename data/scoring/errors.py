@@ -149,7 +149,8 @@ def corpus_counts(counts_NC: np.ndarray) -> ErrorCounts:
 
 def as_strings(*sequences: Sequence[str]) -> tuple[str, ...]:
     """Stand one character for each distinct token: rapidfuzz is fastest, and exact, on strings."""
-    if all(isinstance(tokens, str) for tokens in sequences):
-        return sequences
+    texts = tuple(tokens for tokens in sequences if isinstance(tokens, str))
+    if len(texts) == len(sequences):
+        return texts
     code: dict[str, int] = {}
     return tuple("".join([chr(code.setdefault(token, len(code))) for token in tokens]) for tokens in sequences)
