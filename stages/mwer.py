@@ -34,7 +34,7 @@ from ..model.decoding import Hypothesis
 from .recogniser.contextual import ContextualConfig, ContextualTraining
 from .reinforcement.candidates import NBest, NBestConfig, merged
 from .reinforcement.generation import Generated, GenerationConfig, WholeModel, generate
-from .reinforcement.objectives import group_advantages, grpo_loss, mwer_loss
+from .reinforcement.objectives import group_advantages, grpo_loss, mwer_loss, usable
 from .reinforcement.rewards import RewardConfig, reward_of
 from .reinforcement.risks import RiskConfig, Risks, rare_words
 from .reinforcement.scored import ScoredLists, list_metrics, score_lists
@@ -147,10 +147,11 @@ class MWER(ContextualTraining):
         """Judge the hypotheses of a batch. A stand-in for an utterance that could not be read has none."""
         found = []
         for b, (reference, ids) in enumerate(zip(batch.texts, self.transcripts(batch))):
-            right, usable = Hypothesis(ids), batch.keys[b] != STAND_IN_KEY
-            heard = hypotheses[b] if usable else []
+            right, is_real = Hypothesis(ids), batch.keys[b] != STAND_IN_KEY
+            # One that was cut before its first token is no text, and would have the probability 1.
+            heard = [one for one in hypotheses[b] if one.ids or one.complete] if is_real else []
             texts, before = [self.processor.decode(one.ids) for one in heard], len(heard)
-            if self.cfg.nbest.add_reference and usable:
+            if self.cfg.nbest.add_reference and is_real:
                 heard, texts = [*heard, right], [*texts, reference]
             if self.cfg.objective == "mwer":
                 heard, texts = merged(heard, texts, normalize=self.normalize)
@@ -210,7 +211,7 @@ class MWER(ContextualTraining):
         self, batch: AudioBatch, nbests: list[NBest], scored: ScoredLists, *, first: Tensor | None, age: int
     ) -> tuple[Tensor, Metrics]:
         """Return loss_B of GRPO, and what is logged of it."""
-        cfg, valid_BN = self.cfg.grpo, scored.valid_BN
+        cfg, valid_BN = self.cfg.grpo, usable(scored.sums_BN.detach(), scored.valid_BN)
         rewards_BN = scored.table([self._rewards(batch, b, nbest) for b, nbest in enumerate(nbests)])
         old_BNT = scored.log_probs_BNT.detach()
         if age:  # the weights have moved on since

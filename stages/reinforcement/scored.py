@@ -84,8 +84,7 @@ def list_metrics(scored: ScoredLists, nbests: Sequence[NBest], *, unit: str) -> 
     judged = [nbest for nbest in nbests if nbest.judgements]
     tokens = sum(nbest.reference_tokens for nbest in judged)
     errors = [[one.errors for one in nbest.judgements] for nbest in nbests]
-    usable_BN = scored.valid_BN & sums_BN.isfinite()
-    expected_B = expected_risk(sums_BN, scored.table(errors), usable_BN)
+    expected_B = expected_risk(sums_BN, scored.table(errors), scored.valid_BN)
     kept, found = sum(len(nbest.hypotheses) for nbest in judged), sum(nbest.found for nbest in judged)
     risks = [one.risk for nbest in judged for one in nbest.judgements]
     return {
