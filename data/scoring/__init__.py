@@ -2,7 +2,7 @@
 
 from .baseline import Baseline, Comparison
 from .baseline_table import comparison_text, write_comparison
-from .conditions import NONE, ConditionScores, rescore_conditions, score_conditions, write_conditions
+from .conditions import NONE, ConditionScores, read_conditions, rescore_conditions, score_conditions, write_conditions
 from .context import ContextReport, score_context
 from .errors import ErrorCounts, ErrorRate, align, count_errors, tokenize
 from .files import read_hypotheses, score_folder, write_score_folder
@@ -28,6 +28,7 @@ __all__ = [
     "count_errors",
     "get_normalizer",
     "keywords_of",
+    "read_conditions",
     "read_hypotheses",
     "rescore_conditions",
     "score",

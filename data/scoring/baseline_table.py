@@ -1,6 +1,7 @@
 """How a comparison with a baseline is shown: baseline.json, baseline.txt, the section of report.html."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -63,7 +64,7 @@ def comparison_text(comparison: Comparison) -> str:
             for name, cell, width in zip(Row._fields, row, widths)
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([f"Against {comparison.name}. {LEGEND}", "", *lines, ""])
+    return "\n".join([f"Against {comparison.name}", "", *lines, "", *textwrap.wrap(LEGEND, 100), ""])
 
 
 def comparison_section(comparison: Comparison) -> str:

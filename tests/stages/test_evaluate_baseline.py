@@ -63,7 +63,7 @@ def test_the_difference_of_two_evaluations_stands_in_every_file(listening, deaf)
         low, high = rates["wer"]["interval"]["fraction"]
         assert (metrics[f"{prefix}wer_change_low"], metrics[f"{prefix}wer_change_high"]) == (low, high)
         assert low <= metrics[f"{prefix}wer_change"] <= high < 0
-    assert (listening / "baseline.txt").read_text().startswith("Against deaf.")
+    assert (listening / "baseline.txt").read_text().startswith("Against deaf\n")
     assert "<h2>Against deaf</h2>" in (listening / "report.html").read_text()
     assert ("baseline", "report") in [(one.name, one.kind) for one in lineage(listening)]
 
@@ -105,7 +105,7 @@ def test_the_command_prints_both_and_the_difference(sft_run, learnt, right, deaf
     given = [f"contexts.right={right}", f"inputs.baseline={deaf}"]
     assert main(["evaluate", str(sft_run), "--data", str(learnt), "--out", str(tmp_path / "run"), *given]) == 0
     out = capsys.readouterr().out
-    assert "Against deaf." in out and (tmp_path / "run" / "artifact" / "baseline.txt").read_text() in out
+    assert "Against deaf\n" in out and (tmp_path / "run" / "artifact" / "baseline.txt").read_text() in out
     assert [line for line in out.splitlines() if line.startswith("right/strict_recall_fixed\t") and line.endswith(" %")]
 
 

@@ -240,7 +240,7 @@ def test_files_and_report_show_before_after_and_the_difference(baseline, tmp_pat
     assert right["rates"]["strict_recall_fixed"]["before"] == 0.5
     low, high = none["rates"]["wer"]["interval"]["fraction"]
     lines = (tmp_path / "out" / "baseline.txt").read_text().splitlines()
-    assert lines[0].startswith("Against before.")
+    assert lines[0] == "Against before"
     (line,) = [line for line in lines if line.split()[:2] == ["none", "WER"]]
     assert line.split()[2:7] == ["33.33", "16.67", "-16.67", f"[{100 * low:.2f},", f"{100 * high:.2f}]"]
     assert "\n".join(lines) + "\n" == comparison_text(comparison)
