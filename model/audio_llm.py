@@ -186,6 +186,11 @@ class AudioLLM(AssembledModel):
         self.llm.train(mode and self._llm_learns())
         return self
 
+    @property
+    def varies_in_training(self) -> bool:
+        """Whether speech is encoded in another way in training than in decoding: masks, dropout, drawn chunks."""
+        return self.specaugment.cfg.masks or self.encoder.cfg.varies_in_training
+
     def _llm_learns(self) -> bool:
         return any(p.requires_grad for p in self.llm.parameters())
 

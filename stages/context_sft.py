@@ -27,15 +27,11 @@ class ContextSFT(ContextualTraining):
         return super().batches(cfg, split)
 
     def metrics(self, out: AudioLLMOutput, batch: AudioBatch, prompts: Prompts) -> Metrics:
-        """Beside the usual: the loss on triples and on pairs apart, the share of triples, how long contexts are."""
+        """Beside the usual: the loss on triples and on pairs apart."""
         assert prompts.contexts is not None, "`prompts` has fitted them"
-        triples = [fit for fit in prompts.contexts if fit is not None]
         in_triple_N = torch.tensor([fit is not None for fit in prompts.contexts], device=out.rows_N.device)[out.rows_N]
         nll_N = out.nll_N.detach()
         return super().metrics(out, batch, prompts) | {
             "nll_triples": ((nll_N * in_triple_N).sum(), in_triple_N.sum()),
             "nll_pairs": ((nll_N * ~in_triple_N).sum(), (~in_triple_N).sum()),
-            "triple_frac": (len(triples), len(batch)),
-            "context_tokens": (sum(len(fit.ids) for fit in triples), len(triples)),
-            "context_truncated_frac": (sum(fit.is_cut for fit in triples), len(triples)),
         }

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from ..model.conformer import ConformerConfig
 from ..model.ctc import text_bytes
 from ..model.decoding import Hypothesis
 from .recogniser.contextual import ContextualConfig, ContextualTraining
-from .reinforcement.candidates import NBest, NBestConfig, merged
+from .recogniser.training import Prompts
+from .reinforcement.candidates import NBest, NBestConfig, distinct
 from .reinforcement.generation import Generated, GenerationConfig, WholeModel, generate
 from .reinforcement.objectives import group_advantages, grpo_loss, mwer_loss, usable
 from .reinforcement.rewards import RewardConfig, reward_of
@@ -43,7 +45,7 @@ from .runtime.artifacts import Artifact
 from .runtime.feed import FedStep
 from .runtime.metrics import Metrics
 from .runtime.seeds import micro_batch_seed
-from .runtime.stage import StepOutput, on_meta
+from .runtime.stage import StepOutput, only_shapes
 from .runtime.train_config import require_choice
 
 OBJECTIVES = ("mwer", "grpo")
@@ -93,6 +95,12 @@ class MWERConfig(ContextualConfig):
             )
         if self.ce_weight < 0:
             raise ValueError(f"ce_weight is {self.ce_weight}; it must be 0 or more")
+        if self.objective == "mwer" and self.reward != RewardConfig():
+            raise ValueError(
+                "reward is set and objective is mwer, which has risks; leave it out, or set objective=grpo"
+            )
+        if self.objective == "mwer" and self.grpo != GRPOConfig():
+            raise ValueError("grpo is set and objective is mwer; leave it out, or set objective=grpo")
 
 
 class MWER(ContextualTraining):
@@ -105,9 +113,12 @@ class MWER(ContextualTraining):
         model = super().build(cfg, inputs)
         self.generation = make_generation(self, cfg, inputs)
         self.first_policy = deepcopy(model).eval().requires_grad_(False) if cfg.grpo.kl_weight else None
-        masks, encoder = model.specaugment.cfg, model.encoder.cfg
-        self.hears_masked = bool(masks.num_time_masks or masks.num_freq_masks or encoder.dropout)
         return model
+
+    def trainable(self, parameter_name: str) -> str | None:
+        if self.cfg.ce_weight == 0 and parameter_name.startswith("ctc_head"):
+            return None  # its loss is left out with the cross-entropy; weight decay alone would move it
+        return super().trainable(parameter_name)
 
     def prepared(self, steps: Iterator[FedStep], *, weights: WholeModel, step: int) -> Iterator[FedStep]:
         return self.generation.prepared(steps, weights=weights, step=step)
@@ -119,45 +130,63 @@ class MWER(ContextualTraining):
     # ---- hypotheses
 
     def generate(
-        self, model: AudioLLM, batch: AudioBatch, speech: SpeechOutput | None = None
+        self,
+        model: AudioLLM,
+        batch: AudioBatch,
+        speech: SpeechOutput | None = None,
+        prompts: Prompts | None = None,
     ) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each utterance; `speech` is the batch's, where it has been encoded already."""
-        nbest, prompts = self.cfg.nbest, self.prompts(batch)
-        given = {"contexts_ids": prompts.contexts_ids, "languages": prompts.languages}
+        """Return the hypotheses of each utterance, and behind them the reference where it is to be in the list.
+
+        `speech` is the batch's, where it has been encoded already; without `prompts` they are those of training.
+        """
+        nbest, given = self.cfg.nbest, _given(prompts or self.prompts(batch))
         if speech is None:
             speech = model.encode_speech(batch.waveforms_BN, batch.lengths_B)
         if nbest.draw == "beam":
-            return model.search(speech, config=nbest.search(model.decode_config), **given)
-        luck = torch.Generator().manual_seed(micro_batch_seed(self.cfg.seed, batch.index, purpose="samples"))
-        samples = model.sample(
-            speech, num=nbest.size, temperature=nbest.temperature, top_p=nbest.top_p, generator=luck, **given
-        )
+            found = model.search(speech, config=nbest.search(model.decode_config), **given)
+        else:
+            luck = torch.Generator().manual_seed(micro_batch_seed(self.cfg.seed, batch.index, purpose="samples"))
+            found = model.sample(
+                speech, num=nbest.size, temperature=nbest.temperature, top_p=nbest.top_p, generator=luck, **given
+            )
+        if nbest.add_reference:
+            found = [[*of_one, Hypothesis(ids)] for of_one, ids in zip(found, self.transcripts(batch))]
         if self.cfg.objective == "grpo" and self.cfg.generation.every > 1:
-            _note_token_scores(model, speech, samples, **given)
-        return samples
+            _note_token_scores(model, speech, found, **given)
+        return found
 
     def _generated(self, model: AudioLLM, batch: AudioBatch, speech: SpeechOutput) -> Generated:
-        if on_meta():  # only shapes are asked for, and there is nothing to search in
-            return Generated([[Hypothesis(ids)] for ids in self.transcripts(batch)], version=0, seconds=0.0)
-        # Without masks and dropout the hypotheses are searched in the speech that the loss hears.
-        known = {} if self.hears_masked else {"speech": speech.detach()}
+        if only_shapes(model):  # there is nothing to search in
+            lists = [[Hypothesis(ids)] * self.cfg.nbest.size for ids in self.transcripts(batch)]
+            return Generated(lists, version=0, seconds=0.0)
+        known = {} if model.varies_in_training else {"speech": speech.detach()}
         return self.generation.of(model, batch, **known)
 
     def nbests(self, batch: AudioBatch, hypotheses: list[list[Hypothesis]]) -> list[NBest]:
         """Judge the hypotheses of a batch. A stand-in for an utterance that could not be read has none."""
-        found = []
+        lists, added = [], int(self.cfg.nbest.add_reference)
         for b, (reference, ids) in enumerate(zip(batch.texts, self.transcripts(batch))):
-            right, is_real = Hypothesis(ids), batch.keys[b] != STAND_IN_KEY
             # One that was cut before its first token is no text, and would have the probability 1.
-            heard = [one for one in hypotheses[b] if one.ids or one.complete] if is_real else []
-            texts, before = [self.processor.decode(one.ids) for one in heard], len(heard)
-            if self.cfg.nbest.add_reference and is_real:
-                heard, texts = [*heard, right], [*texts, reference]
+            heard = [one for one in hypotheses[b] if one.ids or one.complete] if batch.keys[b] != STAND_IN_KEY else []
+            texts, found = [self.processor.decode(one.ids) for one in heard], max(0, len(heard) - added)
+            texts[found:] = [reference] * (len(heard) - found)
+            places = list(range(len(heard)))
             if self.cfg.objective == "mwer":
-                heard, texts = merged(heard, texts, normalize=self.normalize)
-            judgements = self.risks.of(reference, texts, keywords=self._keywords(batch, b))
-            found.append(NBest(heard, texts, judgements, right, self.risks.reference_tokens(reference), before))
-        return found
+                places = distinct(texts, normalize=self.normalize)
+            texts = [texts[place] for place in places]
+            lists.append(
+                NBest(
+                    hypotheses=[heard[place] for place in places],
+                    texts=texts,
+                    judgements=self.risks.of(reference, texts, keywords=self._keywords(batch, b)),
+                    own=sum(place < found for place in places),
+                    found=found,
+                    reference=Hypothesis(ids),
+                    reference_tokens=self.risks.reference_tokens(reference),
+                )
+            )
+        return lists
 
     @cached_property
     def risks(self) -> Risks:
@@ -178,7 +207,7 @@ class MWER(ContextualTraining):
 
     def loss(self, model: AudioLLM, batch: AudioBatch) -> StepOutput:
         prompts = self.prompts(batch)
-        given = {"contexts_ids": prompts.contexts_ids, "languages": prompts.languages}
+        given = _given(prompts)
         speech = model.encode_speech(batch.waveforms_BN, batch.lengths_B)
         generated = self._generated(model, batch, speech)
         nbests = self.nbests(batch, generated.hypotheses)
@@ -194,12 +223,13 @@ class MWER(ContextualTraining):
         usable_B = torch.tensor([key != STAND_IN_KEY for key in batch.keys], device=objective_B.device)
         nll_sum = -(scored.references_BT.sum(1) * usable_B).sum()
         smooth_sum = nll_sum
-        if self.cfg.ctc_weight:
+        if self.cfg.ctc_weight and self.cfg.ce_weight:
             ctc = model.speech_ctc_loss(speech, [text_bytes(text) for text in batch.texts])
             smooth_sum = smooth_sum + self.cfg.ctc_weight * ctc.loss_sum
             metrics |= self.ctc_metrics(ctc, batch)
-        metrics |= list_metrics(scored, nbests, unit=self.cfg.risk.unit) | {
-            "nll": (nll_sum.detach(), super().count(batch)),
+        metrics |= list_metrics(scored, nbests, unit=self.cfg.risk.unit) | self.prompt_metrics(batch, prompts)
+        metrics |= {
+            "nll": (nll_sum.detach(), self.target_tokens(batch)),
             "rl/age": (generated.age, 1),
             "time/generation_s": (generated.seconds, 1),
             "time/waiting_s": (generated.waited, 1),
@@ -212,7 +242,8 @@ class MWER(ContextualTraining):
     ) -> tuple[Tensor, Metrics]:
         """Return loss_B of GRPO, and what is logged of it."""
         cfg, valid_BN = self.cfg.grpo, usable(scored.sums_BN.detach(), scored.valid_BN)
-        rewards_BN = scored.table([self._rewards(batch, b, nbest) for b, nbest in enumerate(nbests)])
+        mask_BNT = scored.mask_BNT & valid_BN[..., None]
+        rewards_BN = scored.table([self._rewards(batch, b, nbest) for b, nbest in enumerate(nbests)]) * valid_BN
         old_BNT = scored.log_probs_BNT.detach()
         if age:  # the weights have moved on since
             old_BNT = scored.token_table([[one.token_scores for one in nbest.hypotheses] for nbest in nbests])
@@ -220,39 +251,36 @@ class MWER(ContextualTraining):
             scored.log_probs_BNT,
             old_BNT,
             group_advantages(rewards_BN, valid_BN, scale=cfg.scale_advantages),
-            scored.mask_BNT,
+            mask_BNT,
             clip_low=cfg.clip_low,
             clip_high=cfg.clip_high,
             reference_log_probs_BNT=first,
             kl_weight=cfg.kl_weight,
         )
-        spread_B = (
-            rewards_BN - rewards_BN.sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
-        ) * valid_BN
+        centred_BN = group_advantages(rewards_BN, valid_BN, scale=False)
+        hypotheses, tokens = valid_BN.sum(), mask_BNT.sum()
         metrics: Metrics = {
-            "rl/reward_mean": (rewards_BN.sum(), valid_BN.sum()),
-            "rl/reward_variance": (spread_B.square().sum(), valid_BN.sum()),
-            "rl/clipped_frac": (cut, 1),
+            "rl/reward_mean": (rewards_BN.sum(), hypotheses),
+            "rl/reward_variance": (centred_BN.square().sum(), hypotheses),
+            "rl/clipped_frac": (cut * tokens, tokens),
         }
         if first is not None:
-            tokens = scored.mask_BNT.sum()
-            metrics["rl/kl"] = (((scored.log_probs_BNT.detach() - first) * scored.mask_BNT).sum(), tokens)
+            log_ratio_BNT = scored.log_probs_BNT.detach() - first
+            metrics["rl/kl"] = (log_ratio_BNT.masked_fill(~mask_BNT, 0).sum(), tokens)
         return loss_B, metrics
 
     def _rewards(self, batch: AudioBatch, b: int, nbest: NBest) -> list[float]:
-        context = batch.contexts[b] if batch.contexts is not None else None
-        reference = self.normalize(batch.texts[b])
-        return [
-            reward_of(
-                self.cfg.reward,
-                reference,
-                self.normalize(text),
-                unit=self.cfg.risk.unit,
-                keywords=[self.normalize(word) for word in self._keywords(batch, b)],
-                phrases=[self.normalize(phrase) for phrase in (context.phrases if context is not None else ())],
-            )
-            for text in nbest.texts
-        ]
+        context, risk = batch.contexts[b] if batch.contexts is not None else None, self.cfg.risk
+        judged = partial(
+            reward_of,
+            self.cfg.reward,
+            self.normalize(batch.texts[b]),
+            unit=risk.unit,
+            keywords=self.risks.phrases_in(batch.texts[b], *nbest.texts, keywords=self._keywords(batch, b)),
+            keyword_weight=risk.keyword_weight,
+            phrases=[self.normalize(phrase) for phrase in (context.phrases if context is not None else ())],
+        )
+        return [judged(self.normalize(text)) for text in nbest.texts]
 
     @torch.no_grad()
     def _under_first_policy(self, batch: AudioBatch, nbests: list[NBest], **given) -> Tensor:
@@ -265,12 +293,20 @@ class MWER(ContextualTraining):
     # ---- how well it does
 
     def beyond_greedy(self, model: AudioLLM, batch: AudioBatch) -> Metrics:
-        """What N-best lists say: the error rate of the first, of the best, and the expected one."""
-        speech = model.encode_speech(batch.waveforms_BN, batch.lengths_B)
-        nbests = self.nbests(batch, generate(self, model, batch, seed=self.cfg.seed, speech=speech))
-        prompts = self.prompts(batch)
-        scored = score_lists(model, speech, nbests, contexts_ids=prompts.contexts_ids, languages=prompts.languages)
-        return list_metrics(scored, nbests, unit=self.cfg.risk.unit)
+        """What N-best lists say under each condition: the error rate of the first, of the best, the expected one."""
+        speech, found = model.encode_speech(batch.waveforms_BN, batch.lengths_B), {}
+        for prefix, prompts in self.conditions(batch).items():
+            hypotheses = generate(self, model, batch, seed=self.cfg.seed, speech=speech, prompts=prompts)
+            nbests = self.nbests(batch, hypotheses)
+            scored = score_lists(model, speech, nbests, **_given(prompts))
+            metrics = list_metrics(scored, nbests, unit=self.cfg.risk.unit)
+            found |= {name.replace("rl/", f"rl/{prefix}"): metric for name, metric in metrics.items()}
+        return found
+
+
+def _given(prompts: Prompts) -> dict[str, Any]:
+    """Return the prompts as the model's keyword arguments."""
+    return {"contexts_ids": prompts.contexts_ids, "languages": prompts.languages}
 
 
 def _note_token_scores(model: AudioLLM, speech: SpeechOutput, samples: list[list[Hypothesis]], **given) -> None:

@@ -15,6 +15,7 @@ from ...data.scoring.phrases import Tokens, phrase_of
 from ...model.audio_llm import AudioLLM
 from ...model.processor import FittedContext
 from ..runtime.artifacts import Artifact, ArtifactSpec
+from ..runtime.metrics import Metrics
 from .training import Prompts, RecogniserConfig, RecogniserTraining
 
 
@@ -77,6 +78,18 @@ class ContextualTraining(RecogniserTraining):
             keep = _said(context, text) if self.cfg.context.keep_relevant else ()
             fitted.append(self.processor.fit_context(context.text if context else None, keep=keep))
         return fitted
+
+    def prompt_metrics(self, batch: AudioBatch, prompts: Prompts) -> Metrics:
+        """Beside the usual: the share of triples, how long contexts are, how many were cut."""
+        metrics = super().prompt_metrics(batch, prompts)
+        if prompts.contexts is None:
+            return metrics
+        triples = [fit for fit in prompts.contexts if fit is not None]
+        return metrics | {
+            "triple_frac": (len(triples), len(batch)),
+            "context_tokens": (sum(len(fit.ids) for fit in triples), len(triples)),
+            "context_truncated_frac": (sum(fit.is_cut for fit in triples), len(triples)),
+        }
 
     def conditions(self, batch: AudioBatch) -> dict[str, Prompts]:
         """Without a context and, where the set has them, with the first that is stored for each utterance."""

@@ -27,7 +27,7 @@ class NBestConfig:
     draw: str = "beam"  # or sample: independently, from the distribution at `temperature`, cut to `top_p`
     temperature: float = 1.0
     top_p: float = 1.0
-    add_reference: bool = False  # to every list, where it is not in it: the model always sees one right answer
+    add_reference: bool = False  # to every list (mwer: where nothing in it reads the same), as one more than N
     # Beam search: what is set here changes the recogniser's own settings, such as context_search=plain or ctc_weight=0.
     decode: DecodeOverrides = field(default_factory=DecodeOverrides)
 
@@ -39,27 +39,42 @@ class NBestConfig:
             raise ValueError(f"nbest.temperature is {self.temperature}; it must be above 0, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"nbest.top_p is {self.top_p}; it must be above 0 and at most 1")
+        given = given_values(self.decode)
+        if self.draw == "beam" and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError(
+                f"nbest.temperature is {self.temperature} and nbest.top_p {self.top_p}, which beam search has no use "
+                "for; leave them out, or set nbest.draw=sample"
+            )
+        if self.draw == "sample" and given:
+            raise ValueError(
+                f"nbest.decode.{next(iter(given))} is set and nbest.draw is sample, which does not search; leave it "
+                "out, or set nbest.draw=beam"
+            )
+        if given.get("beam_size", self.size) < self.size:
+            raise ValueError(
+                f"nbest.size is {self.size} and nbest.decode.beam_size {given['beam_size']}; set "
+                f"nbest.decode.beam_size={self.size}"
+            )
 
     def search(self, own: DecodeConfig) -> DecodeConfig:
         """Return the settings of the search for N hypotheses; `own` are the recogniser's."""
-        given = given_values(self.decode)
-        beams = given.get("beam_size", max(own.beam_size, self.size))
-        if beams < self.size:
-            raise ValueError(
-                f"nbest.size is {self.size} and nbest.decode.beam_size {beams}; set nbest.decode.beam_size={self.size}"
-            )
-        return replace(own, **given | {"beam_size": beams, "nbest": self.size})
+        beams = {"beam_size": max(own.beam_size, self.size)}
+        return replace(own, **beams | given_values(self.decode) | {"nbest": self.size})
 
 
 class NBest(NamedTuple):
-    """The hypotheses of one utterance, the likeliest first, and how wrong they are."""
+    """What a loss sees of one utterance: hypotheses in the order found, how wrong they are, and the transcript.
+
+    Where the reference was added to the list it is the last one in it.
+    """
 
     hypotheses: list[Hypothesis]
     texts: list[str]
     judgements: list[Judgement]
+    own: int  # how many of them were found, the others were added
+    found: int  # how many that were before merging
     reference: Hypothesis
     reference_tokens: int  # in the risk's unit
-    found: int  # how many there were before merging
 
     @property
     def spread(self) -> float:
@@ -68,11 +83,9 @@ class NBest(NamedTuple):
         return max(risks) - min(risks) if risks else 0.0
 
 
-def merged(
-    hypotheses: Sequence[Hypothesis], texts: Sequence[str], *, normalize: Callable[[str], str]
-) -> tuple[list[Hypothesis], list[str]]:
-    """Return the hypotheses, and their texts, without those that read as one before them."""
+def distinct(texts: Sequence[str], *, normalize: Callable[[str], str]) -> list[int]:
+    """Return the places of the texts that do not read as one before them."""
     seen: dict[str, int] = {}
     for i, text in enumerate(texts):
         seen.setdefault(" ".join(normalize(text).split()), i)
-    return [hypotheses[i] for i in seen.values()], [texts[i] for i in seen.values()]
+    return list(seen.values())

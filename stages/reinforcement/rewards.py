@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from ...data.scoring import align, count_errors, tokenize
+from ...data.scoring import align, tokenize
 from ...data.scoring.errors import INSERTION
 from ...data.scoring.phrases import Inventory, Phrase, Tokens, phrase_of
+from ...data.scoring.weighted import Keywords, keyword_errors
 
 SHORTEST_RUN = 3  # inserted tokens in a row that are no slip of the ear
 
@@ -44,6 +45,7 @@ def reward_of(
     *,
     unit: str = "word",
     keywords: Sequence[str] = (),
+    keyword_weight: float = 1.0,
     phrases: Sequence[str] = (),
 ) -> float:
     """Return the weighted sum of the rewards of one hypothesis.
@@ -51,7 +53,7 @@ def reward_of(
     All texts are normalised; `keywords` are the utterance's, `phrases` its context's, `unit` as in data/scoring.
     """
     functions = {
-        "error_rate": partial(error_rate, unit=unit),
+        "error_rate": partial(error_rate, unit=unit, keywords=keywords, keyword_weight=keyword_weight),
         "keyword_recall": partial(keyword_recall, keywords=keywords),
         "echo": partial(echo, phrases=phrases),
         "hallucination": partial(hallucination, unit=unit),
@@ -60,10 +62,16 @@ def reward_of(
     return sum(weight * functions[name](reference, hypothesis) for name, weight in vars(cfg).items() if weight)
 
 
-def error_rate(reference: str, hypothesis: str, *, unit: str = "word") -> float:
-    """Return minus the errors per reference token: 0 without an error, below -1 where much is inserted."""
-    said, heard = tokenize(reference, unit), tokenize(hypothesis, unit)
-    return -count_errors(said, heard).errors / max(1, len(said))
+def error_rate(
+    reference: str, hypothesis: str, *, unit: str = "word", keywords: Sequence[str] = (), keyword_weight: float = 1.0
+) -> float:
+    """Return minus the errors per reference token: 0 without an error, below -1 where much is inserted.
+
+    With a keyword weight it is minus the weighted error rate (data/scoring/weighted.py).
+    """
+    weighed = Keywords(map(phrase_of, keywords))
+    (found,) = keyword_errors(reference, [hypothesis], keywords=weighed, unit=unit, weight=keyword_weight)
+    return -found.rate
 
 
 def keyword_recall(reference: str, hypothesis: str, *, keywords: Sequence[str]) -> float:

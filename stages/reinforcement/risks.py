@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ...data.scoring import tokenize
 from ...data.scoring.errors import METRICS
-from ...data.scoring.phrases import Phrase, Tokens, phrase_of
+from ...data.scoring.phrases import Phrase, Tokens, phrase_of, shown
 from ...data.scoring.weighted import Keywords, keyword_errors
 from ..runtime.train_config import require_choice
 
@@ -88,6 +88,14 @@ class Risks:
         )
         by_rate = self.cfg.scale == "rate"
         return [Judgement(found.rate if by_rate else found.cost, found.errors) for found in judged]
+
+    def phrases_in(self, *texts: str, keywords: Sequence[str] = ()) -> list[str]:
+        """Return the normalised keywords, and those of the sources rare and list that stand in one of the raw texts."""
+        found = [phrase_of(self.normalize(keyword)) for keyword in keywords]
+        for text in texts:
+            tokens = Tokens(self.normalize(text))
+            found += [tokens.words[start:end] for start, end in tokens.places(self.everywhere.whole)]
+        return [shown(phrase) for phrase in dict.fromkeys(found)]
 
     def reference_tokens(self, reference: str) -> int:
         """Return the number of the reference's tokens, that errors are a rate of; 0 for one without a token."""

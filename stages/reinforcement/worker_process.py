@@ -150,6 +150,8 @@ def work(address: tuple[str, int], recipe: Recipe) -> None:
     leave_signals_to_the_trainer()
     end_with_parent()
     torch.set_num_threads(recipe.threads)
+    if recipe.device.type == "cuda":
+        torch.cuda.set_device(recipe.device)
     maker = _attempt(partial(Maker, recipe))
     with Client(address, authkey=_authkey()) as connection:
         try:

@@ -23,6 +23,13 @@ def on_meta() -> bool:
     return torch.get_default_device().type == "meta"
 
 
+def only_shapes(model: nn.Module) -> bool:
+    """Whether the weights have shapes and no values, as in the loss that `seedling check` takes."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(next(model.parameters()), FakeTensor)
+
+
 class StepOutput(NamedTuple):
     """`loss_sum` is the sum over what `stage.count` counts, never a mean.
 

@@ -104,10 +104,11 @@ def test_the_encoder_runs_once_an_utterance_in_a_step(trainer):
     trained.engine.model.encoder.register_forward_hook(lambda *_: calls.append(1))
     trained.stage.loss(trained.engine.model, first_batch(trained))
     assert len(calls) == 1
-    masked = trainer("encoder.dropout=0.1")
-    masked.engine.model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    masked.stage.loss(masked.engine.model, first_batch(masked))
-    assert len(calls) == 3, "what is searched is not what dropout has left"
+    for setting in ("encoder.dropout=0.1", "encoder.train_attention_chunks=[5,10]", "specaugment.num_time_masks=1"):
+        varied, calls = trainer(setting), []
+        varied.engine.model.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        varied.stage.loss(varied.engine.model, first_batch(varied))
+        assert len(calls) == 2, f"{setting}: what is searched is what decoding hears"
 
 
 def test_a_micro_batch_with_nothing_in_it_moves_nothing(trainer):
@@ -237,6 +238,64 @@ def test_hypotheses_of_workers_give_the_same_run_and_stale_ones_are_clipped(give
     assert tiny_runs.curve(late, "rl/clipped_frac")[0] == 0 < max(tiny_runs.curve(late, "rl/clipped_frac"))
 
 
+def test_the_reference_in_a_list_changes_the_loss_and_not_what_is_logged_of_the_search(trainer):
+    logged, losses = [], []
+    for add in ("false", "true"):
+        trained = trainer("ce_weight=0", "ctc_weight=0", f"nbest.add_reference={add}")
+        out = trained.stage.loss(trained.engine.model, first_batch(trained))
+        losses.append(out.loss_sum.item())
+        logged.append({name: tuple(map(float, m)) for name, m in out.metrics.items() if name.startswith("rl/")})
+    assert losses[0] != losses[1]
+    assert logged[0]["rl/wer_oracle"] == logged[1]["rl/wer_oracle"] and logged[0]["rl/wer_oracle"][0] > 0
+    for name in ("rl/wer_expected", "rl/wer_of_first", "rl/list_size", "rl/distinct_frac", "rl/risk_mean"):
+        assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-4), name
+
+
+def test_old_probabilities_of_an_added_reference_are_those_of_the_weights_that_generated(given, tmp_path):
+    """With weights that stand still every ratio is 1, and advantages of a group sum to 0: so does the loss."""
+    still = ["train.lr={encoder: 0, converter: 0}", "ctc_weight=0", "ce_weight=0", "train.max_steps=2"]
+    sampled = ["objective=grpo", "nbest={size: 3, draw: sample, add_reference: true}"]
+    workers = "generation={workers: 1, every: 2}"
+    run = tiny_runs.train("mwer", tmp_path / "run", VALUES, *given, *still, *sampled, workers, "train.save_every=0")
+    assert tiny_runs.curve(run, "rl/age") == [0, 1]
+    assert tiny_runs.curve(run, "train/loss") == pytest.approx([0, 0], abs=1e-5)
+    assert tiny_runs.curve(run, "rl/clipped_frac") == [0, 0]
+
+
+def test_keywords_of_every_source_count_in_rewards_too(trainer):
+    sampled = ("objective=grpo", "nbest.draw=sample", "risk={keyword_weight: 5, keywords: [rare], rare_max_count: 8}")
+    trained = trainer(*sampled, "reward={error_rate: 0, keyword_recall: 1}")
+    stage, batch = trained.stage, first_batch(trained)
+    (nbest, *_), text = stage.nbests(batch, [[Hypothesis([])] for _ in batch.keys]), batch.texts[0]
+    said = stage.risks.phrases_in(text)
+    assert set(said) <= set(text.lower().split())
+    assert stage._rewards(batch, 0, nbest) == [0.0 if said else 1.0]
+    found = {text: stage.risks.phrases_in(text) for text in batch.texts}
+    assert any(found.values()) and not all(found.values()), "both kinds of utterance are here"
+    weighted = trainer(*sampled, "reward.error_rate=1").stage
+    for b, text in enumerate(batch.texts):
+        nbest = weighted.nbests(batch, [[Hypothesis([])] for _ in batch.keys])[b]
+        assert weighted._rewards(batch, b, nbest) == pytest.approx([-1.0])
+        (half,) = weighted._rewards(batch, b, nbest._replace(texts=[" ".join(found[text])]))
+        costs = [5 if word in found[text] else 1 for word in text.lower().split()]
+        if set(costs) == {1, 5}:
+            assert half == pytest.approx(-costs.count(1) / sum(costs))
+
+
+def test_a_head_without_a_loss_stands_still(trainer):
+    trained = trainer("ce_weight=0")
+    assert not any(p.requires_grad for p in trained.engine.model.ctc_head.parameters())
+    assert "ctc_loss" not in trained.stage.loss(trained.engine.model, first_batch(trained)).metrics
+
+
+def test_metrics_per_token_are_per_token(trainer):
+    trained = trainer()
+    stage, batch = trained.stage, first_batch(trained)
+    metrics = stage.loss(trained.engine.model, batch).metrics
+    tokens = sum(len(ids) + 1 for ids in stage.transcripts(batch))
+    assert metrics["nll"][1] == metrics["ctc_loss"][1] == tokens and stage.count(batch) == len(batch)
+
+
 def test_keywords_cost_more_and_rare_ones_are_counted_in_the_training_texts(trainer):
     trained = trainer("risk={keyword_weight: 5, keywords: [rare], rare_max_count: 8}")
     stage, batch = trained.stage, first_batch(trained)
@@ -253,12 +312,16 @@ def test_keywords_cost_more_and_rare_ones_are_counted_in_the_training_texts(trai
 # ---- looking before leaping
 
 
-def test_check_builds_everything_and_generates_nothing(given, shards, tmp_path, capsys):
+def test_check_takes_the_loss_and_generates_nothing(given, shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MWER, "generate", lambda *_, **__: pytest.fail("there are no weights to search with"))
     config = tiny_runs.write_yaml(tmp_path / "c.yaml", VALUES | {"ctc_weight": 0})
     arguments = [f"run_dir={tmp_path}/run", *given, f"data.valid.dev={shards}"]
     assert main(["check", "mwer", "--config", str(config), *arguments]) == 0
-    assert "shapes: all fit" in capsys.readouterr().out
+    assert "shapes: all fit, from the dearest micro-batch to the loss" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+    lost = ["risk.keywords=[list]", "risk.keyword_list=/nowhere"]
+    assert main(["check", "mwer", "--config", str(config), *arguments, *lost]) == 2
+    assert "/nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -269,7 +332,11 @@ def test_check_builds_everything_and_generates_nothing(given, shards, tmp_path, 
         (["nbest.size=0"], "nbest.size is 0"),
         (["nbest={size: 8, decode: {beam_size: 4}}"], "nbest.decode.beam_size=8"),
         (["nbest.temperature=0"], "nbest.temperature is 0"),
+        (["nbest.temperature=0.5"], "which beam search has no use for"),
+        (["nbest={draw: sample, decode: {beam_size: 8}}"], "nbest.decode.beam_size is set"),
         (["ce_weight=-1"], "ce_weight is -1"),
+        (["grpo.kl_weight=0.1"], "grpo is set and objective is mwer"),
+        (["reward.echo=1"], "reward is set and objective is mwer"),
         (["grpo.clip_low=2"], "grpo.clip_low is 2"),
         (["grpo.kl_weight=-1"], "grpo.kl_weight is -1"),
         (["risk.keyword_weight=0.5"], "risk.keyword_weight is 0.5"),
