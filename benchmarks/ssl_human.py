@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import random
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seedling.data.scoring.figure import Mark, svg_figure
-from seedling.data.scoring.linear_fit import t_quantile
+from seedling.data.scoring.over_seeds import Estimate
 
 SEEDS = (1, 2, 3)
 ENCODERS = ("random", "iteration 1", "iteration 2")
@@ -62,17 +61,6 @@ MEASURES = (
     Measure("SFT, CER of CTC, kathleen", "sft", "valid/kathleen/ctc_cer", True),
 )
 DRAWN = (0, 2, 4)  # measures in the figure
-
-
-class Estimate(NamedTuple):
-    mean: float
-    half_width: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Estimate:
-        """Student's 95 % interval of the mean."""
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.fmean(values), t_quantile(0.95, freedom=len(values) - 1) * error)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -156,13 +144,6 @@ def read_values(out: Path, measure: Measure) -> list[list[float]]:
     return [[value(number, seed) for seed in SEEDS] for number in range(len(ENCODERS))]
 
 
-def shown(estimate: Estimate, *, percent: bool, signed: bool = False) -> str:
-    """Return a mean and its interval, in percent or as they are."""
-    scale, digits, sign = (100, 1, "+" if signed else "") if percent else (1, 3, "+" if signed else "")
-    mean, half = estimate.mean * scale, estimate.half_width * scale
-    return f"{mean:{sign}.{digits}f} [{mean - half:{sign}.{digits}f}, {mean + half:{sign}.{digits}f}]"
-
-
 def verdict(difference: Estimate) -> str:
     if abs(difference.mean) <= difference.half_width:
         return "not shown"
@@ -175,10 +156,10 @@ def table(values: dict[Measure, list[list[float]]]) -> str:
     rows = [["", *ENCODERS, *arrows], ["---"] * (1 + len(ENCODERS) + len(arrows))]
     for measure, by_encoder in values.items():
         cells = [measure.name + (" (%)" if measure.percent else " (nats a byte)")]
-        cells += [shown(Estimate.of(of_seeds), percent=measure.percent) for of_seeds in by_encoder]
+        cells += [Estimate.of(of_seeds).shown(percent=measure.percent) for of_seeds in by_encoder]
         for before, after in itertools.pairwise(by_encoder):
             difference = Estimate.of([b - a for a, b in zip(before, after)])
-            cells.append(f"{shown(difference, percent=measure.percent, signed=True)}: {verdict(difference)}")
+            cells.append(f"{difference.shown(percent=measure.percent, signed=True)}: {verdict(difference)}")
         rows.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -96,7 +96,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
     )
 
 
@@ -104,7 +104,8 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def leave_signals_to_the_trainer(worker: int = 0) -> None:
+    """Let a process that works for the trainer outlive a signal to stop."""
     # A launcher signals the whole process tree; the trainer still needs batches to finish its step and save.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -93,10 +93,15 @@ def _in_processes(work, tasks, *, bar: tqdm, jobs: int):
 def _start_worker(done) -> None:
     global _done
     _done = done
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Called by a process that multiprocessing started: let it end when its parent does, whatever it is doing."""
+    threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def _wait_and_end() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "only started in worker processes"
     parent.join()

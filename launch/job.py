@@ -60,7 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage")
     parser.add_argument("--config")
     arguments, overrides = parser.parse_known_args(argv)
-    return report_errors(lambda: run_job(arguments.stage, arguments.config, overrides=overrides))
+    from ..stages.runtime.signals import Interrupted
+    from ..stages.runtime.world import leave_world
+
+    try:
+        code = report_errors(lambda: run_job(arguments.stage, arguments.config, overrides=overrides))
+    except Interrupted:
+        leave_world()
+        raise
+    if code == 0:  # after an error other ranks may never come to leave
+        leave_world()
+    return code
 
 
 if __name__ == "__main__":

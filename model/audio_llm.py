@@ -39,16 +39,22 @@ from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
 from .llm_scorer import llm_scorer
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
+from .sampling import sample
 from .speech_encoder import speech_encoder_facts
 
 
 class SpeechOutput(NamedTuple):
-    """Speech as the LLM sees it, and the encoder's output that it came from."""
+    """Speech as the LLM sees it, the encoder's output that it came from, and how long the waveforms were."""
 
     speech_BSL: Tensor
     lengths_B: Tensor
     encoder_BTD: Tensor
     encoder_lengths_B: Tensor
+    samples_B: Tensor
+
+    def detach(self) -> "SpeechOutput":
+        """Return the same without its graph: what was encoded to be learnt from can be searched as well."""
+        return SpeechOutput(*(tensor.detach() for tensor in self))
 
     def of(self, rows_R: Tensor) -> "SpeechOutput":
         """Return the speech of these utterances, in this order; one may be taken several times."""
@@ -180,6 +186,11 @@ class AudioLLM(AssembledModel):
         self.llm.train(mode and self._llm_learns())
         return self
 
+    @property
+    def varies_in_training(self) -> bool:
+        """Whether speech is encoded in another way in training than in decoding: masks, dropout, drawn chunks."""
+        return self.specaugment.cfg.masks or self.encoder.cfg.varies_in_training
+
     def _llm_learns(self) -> bool:
         return any(p.requires_grad for p in self.llm.parameters())
 
@@ -188,8 +199,8 @@ class AudioLLM(AssembledModel):
     def encode_speech(self, waveforms_BN: Tensor, lengths_B: Tensor) -> SpeechOutput:
         """Return speech embeddings in the LLM's type, for waveforms in [-1, 1] and their lengths in samples."""
         encoder_BTD, encoder_lengths_B = self._encode(waveforms_BN, lengths_B)
-        speech_BSL, lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
-        return SpeechOutput(speech_BSL.to(self.llm.dtype), lengths_B, encoder_BTD, encoder_lengths_B)
+        speech_BSL, speech_lengths_B = self.converter(encoder_BTD, encoder_lengths_B)
+        return SpeechOutput(speech_BSL.to(self.llm.dtype), speech_lengths_B, encoder_BTD, encoder_lengths_B, lengths_B)
 
     def _encode(self, waveforms_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return encoder_BTD and its lengths."""
@@ -288,6 +299,10 @@ class AudioLLM(AssembledModel):
         """Return the CTC head's loss alone: neither converter nor LLM runs."""
         return self._ctc_loss(*self._encode(waveforms_BN, lengths_B), targets)
 
+    def speech_ctc_loss(self, speech: SpeechOutput, targets: list[list[int]]) -> CTCLoss:
+        """Return the CTC head's loss on speech that has been encoded."""
+        return self._ctc_loss(speech.encoder_BTD, speech.encoder_lengths_B, targets)
+
     def _ctc_loss(self, encoder_BTD: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:
         if self.ctc_head is None:
             raise ValueError("the model has no CTC head; assemble it with ctc=True, or pass no ctc_targets")
@@ -315,21 +330,61 @@ class AudioLLM(AssembledModel):
         """Return the N-best hypotheses of each utterance, best first; `config` None: by the model's own settings."""
         if self.training:
             raise ValueError("the model is in training mode, with dropout and masks; call model.eval() before decoding")
-        config = config or self.decode_config
         speech = self.encode_speech(waveforms, lengths)
+        return self.search(speech, contexts_ids=contexts_ids, languages=languages, config=config)
+
+    @torch.no_grad()
+    def search(
+        self,
+        speech: SpeechOutput,
+        *,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+        config: DecodeConfig | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return what `transcribe_ids` does, for speech that has been encoded."""
+        config = config or self.decode_config
         joint = config.context_search == "joint" and any(contexts_ids or [])
         prefixes = self.build_prompt(speech, contexts_ids, languages)
         if joint:
             assert contexts_ids is not None
             plain = self.build_prompt(speech, languages=languages)
             prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
-        sample_rate = self.fbank.cfg.sample_rate
-        limits = [config.limit(seconds=length / sample_rate) for length in lengths.tolist()]
         llm, ctc = llm_scorer(self.llm), self._ctc_gains(speech, config) if config.ctc_weight else None
         scorer: StepScorer = llm if ctc is None else CTCScorer(llm, ctc)
         if joint:
             scorer = ContextScorer(llm, config=config, ctc=ctc)
+        limits = self._limits(speech, config)
         return decode(scorer, prefixes, limits=limits, end=self.prompt_tokens.end, config=config)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        speech: SpeechOutput,
+        *,
+        num: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        contexts_ids: list[list[int] | None] | None = None,
+        languages: list[str | None] | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return `num` samples of the LLM's distribution for each utterance, in the order drawn (model/sampling.py)."""
+        return sample(
+            llm_scorer(self.llm),
+            self.build_prompt(speech, contexts_ids, languages),
+            limits=self._limits(speech, self.decode_config),
+            end=self.prompt_tokens.end,
+            num=num,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+        )
+
+    def _limits(self, speech: SpeechOutput, config: DecodeConfig) -> list[int]:
+        """Return the most tokens that each utterance may have."""
+        sample_rate = self.fbank.cfg.sample_rate
+        return [config.limit(seconds=samples / sample_rate) for samples in speech.samples_B.tolist()]
 
     @property
     def decode_config(self) -> DecodeConfig:

@@ -21,6 +21,11 @@ class SpecAugmentConfig:
     num_freq_masks: int = 2
     max_freq_bins: int = 27  # widest frequency mask, in mel bins
 
+    @property
+    def masks(self) -> bool:
+        """Whether anything is masked in training."""
+        return bool(self.num_time_masks or self.num_freq_masks)
+
     def __post_init__(self):
         for name in ("num_time_masks", "max_time_frames", "num_freq_masks", "max_freq_bins"):
             if getattr(self, name) < 0:
@@ -37,7 +42,7 @@ class SpecAugment(nn.Module):
     def forward(self, features_BTF: Tensor, frames_B: Tensor) -> Tensor:
         """Return features_BTF with masked cells set to zero; unchanged in eval mode."""
         cfg = self.cfg
-        if not self.training or cfg.num_time_masks + cfg.num_freq_masks == 0:
+        if not (self.training and cfg.masks):
             return features_BTF
         T, F = features_BTF.shape[1:]
         widest_B = (frames_B * cfg.max_time_fraction).clamp(max=cfg.max_time_frames)

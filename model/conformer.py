@@ -49,6 +49,11 @@ class ConformerConfig:
     attention_left_chunks: int = 0
     train_attention_chunks: list[int] = field(default_factory=list)  # each micro-batch of training draws one; 0: all
 
+    @property
+    def varies_in_training(self) -> bool:
+        """Whether chance decides what training hears: dropout, or the size of its attention chunks."""
+        return bool(self.dropout or self.train_attention_chunks)
+
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
             raise ValueError(

@@ -99,6 +99,7 @@ class Hypothesis:
     score: float = 0.0
     rank_score: float = 0.0  # score / tokens ** length_penalty, by which the N-best list is sorted
     complete: bool = True  # False: cut off at its limit, or nothing may follow; there is no end token
+    token_scores: list[float] = field(default_factory=list)  # of each token and the end token, where they were noted
 
 
 class StepScorer(Protocol):

@@ -7,6 +7,7 @@ STAGES: dict[str, str] = {
     "cluster_labels": "seedling.stages.cluster_labels:ClusterLabels",
     "sft": "seedling.stages.sft:SFT",
     "context_sft": "seedling.stages.context_sft:ContextSFT",
+    "mwer": "seedling.stages.mwer:MWER",
     "tune_decoding": "seedling.stages.tune_decoding:TuneDecoding",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

@@ -1,121 +1,37 @@
 """context_sft: teaches a recogniser to use a context, on triples of context, speech and text among ordinary pairs.
 
-Goes on from a recogniser (`inputs.acllm`) as sft would; in the prompt of a triple the instruction announces contexts,
-and one stands before the speech. They come from sidecars (`seedling contextualize`), one for each corpus in
-`data.train`. Pairs keep the recogniser as good as it was without a context; irrelevant and conflicting contexts among
-the triples keep it listening (Seed-ASR's context SFT; the shares are ours, the paper's are unknown).
-Shape letters: B utterances, N target tokens.
+Goes on from a recogniser (`inputs.acllm`) as sft would. Pairs keep it as good as it was without a context; irrelevant
+and conflicting contexts among the triples keep it listening (Seed-ASR's context SFT; the shares are ours, the paper's
+are unknown).
+Shape letters: N target tokens.
 """
-
-from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..data.batches import PlannedBatches
-from ..data.contexts.draw import ContextConfig, DrawnContexts
-from ..data.contexts.sidecar import UtteranceContext
 from ..data.loader import AudioBatch
-from ..data.scoring.phrases import Tokens, phrase_of
-from ..model.audio_llm import AudioLLM, AudioLLMOutput
-from ..model.processor import FittedContext
-from .recogniser.training import Prompts, RecogniserConfig, RecogniserTraining
-from .runtime.artifacts import Artifact, ArtifactSpec
+from ..model.audio_llm import AudioLLMOutput
+from .recogniser.contextual import ContextualConfig, ContextualTraining
+from .recogniser.training import Prompts
 from .runtime.metrics import Metrics
 
 
-@dataclass(kw_only=True)
-class ContextSFTConfig(RecogniserConfig):
-    contexts: list[str] = field(default_factory=list)  # a sidecar for each folder in data.train; "": pairs only
-    valid_contexts: dict[str, str] = field(default_factory=dict)  # of some validation sets, by their name
-    context: ContextConfig = field(default_factory=ContextConfig)
-
-
-class ContextSFT(RecogniserTraining):
+class ContextSFT(ContextualTraining):
     """Cross-entropy of the transcript given [instruction | context | speech] or [instruction | speech]."""
 
-    consumes = {"acllm": ArtifactSpec("acllm")}
-    Config = ContextSFTConfig
-    cfg: ContextSFTConfig
+    Config = ContextualConfig
 
-    def build(self, cfg: ContextSFTConfig, inputs: dict[str, Artifact]) -> AudioLLM:
-        model = self.go_on(cfg, inputs["acllm"])
-        # From now on it takes contexts as long as it has been trained with, where its LLM has room for them.
-        model.set_prompts(replace(model.processor.prompts, context_tokens=cfg.context.max_tokens))
-        if (room := model.processor.prompts.context_tokens) < cfg.context.max_tokens:
-            raise ValueError(
-                f"context.max_tokens is {cfg.context.max_tokens}, and half of the positions of the LLM in "
-                f"{inputs['acllm'].path} are {room}; set context.max_tokens={room}"
-            )
-        model.config.reads_contexts = True
-        return self.ready(cfg, model)
-
-    def batches(self, cfg: ContextSFTConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:
-        if split == "train":
-            if not any(cfg.contexts):
-                raise ValueError("contexts is empty; name a sidecar for each folder in data.train, as contexts=[DIR]")
-            drawn = DrawnContexts.open(cfg.contexts, corpora=cfg.data.train, cfg=cfg.context, seed=cfg.seed)
-            return cfg.data.training(seed=cfg.seed, contexts=drawn, **self.limits(cfg))
-        unknown = sorted(set(cfg.valid_contexts) - set(cfg.data.valid))
-        if unknown:
-            raise ValueError(
-                f"valid_contexts.{unknown[0]}: no validation set has this name; data.valid has "
-                f"{', '.join(cfg.data.valid) or 'none'}"
-            )
-        contexts = {
-            name: DrawnContexts.open([folder], corpora=[cfg.data.valid[name]], cfg=cfg.context, first=True)
-            for name, folder in cfg.valid_contexts.items()
-        }
-        return cfg.data.validation(contexts=contexts, **self.limits(cfg))
-
-    def prompts(self, batch: AudioBatch) -> Prompts:
-        return super().prompts(batch)._replace(contexts=self._fitted(batch))
-
-    def _fitted(self, batch: AudioBatch) -> list[FittedContext | None]:
-        """Return the contexts as they stand in the prompts; None where an utterance has none."""
-        assert batch.contexts is not None, "a training batch of this stage has contexts"
-        fitted = []
-        for context, text in zip(batch.contexts, batch.texts):
-            keep = _said(context, text) if self.cfg.context.keep_relevant else ()
-            fitted.append(self.processor.fit_context(context.text if context else None, keep=keep))
-        return fitted
+    def batches(self, cfg: ContextualConfig, split: str) -> PlannedBatches | dict[str, PlannedBatches]:
+        if split == "train" and not any(cfg.contexts):
+            raise ValueError("contexts is empty; name a sidecar for each folder in data.train, as contexts=[DIR]")
+        return super().batches(cfg, split)
 
     def metrics(self, out: AudioLLMOutput, batch: AudioBatch, prompts: Prompts) -> Metrics:
-        """Beside the usual: the loss on triples and on pairs apart, the share of triples, how long contexts are."""
+        """Beside the usual: the loss on triples and on pairs apart."""
         assert prompts.contexts is not None, "`prompts` has fitted them"
-        triples = [fit for fit in prompts.contexts if fit is not None]
         in_triple_N = torch.tensor([fit is not None for fit in prompts.contexts], device=out.rows_N.device)[out.rows_N]
         nll_N = out.nll_N.detach()
         return super().metrics(out, batch, prompts) | {
             "nll_triples": ((nll_N * in_triple_N).sum(), in_triple_N.sum()),
             "nll_pairs": ((nll_N * ~in_triple_N).sum(), (~in_triple_N).sum()),
-            "triple_frac": (len(triples), len(batch)),
-            "context_tokens": (sum(len(fit.ids) for fit in triples), len(triples)),
-            "context_truncated_frac": (sum(fit.is_cut for fit in triples), len(triples)),
         }
-
-    def conditions(self, batch: AudioBatch) -> dict[str, Prompts]:
-        """Without a context and, where the set has them, with the first that is stored for each utterance."""
-        plain = super().conditions(batch)
-        if batch.contexts is None:
-            return plain
-        fitted = [self.processor.fit_context(context.text if context else None) for context in batch.contexts]
-        return plain | {"context_": Prompts(contexts=fitted)}
-
-    def scores(self, batch: AudioBatch, hypotheses: list[str]) -> list[tuple[str, float, float]]:
-        """Beside the error rates: the recall of the context's phrases that were said."""
-        rates = super().scores(batch, hypotheses)
-        if batch.contexts is None:
-            return rates
-        found = spoken = 0
-        for context, text, heard in zip(batch.contexts, batch.texts, hypotheses):
-            reference, hypothesis = Tokens(self.normalize(text)), Tokens(self.normalize(heard))
-            phrases = [phrase_of(self.normalize(phrase)) for phrase in (context.phrases if context else ())]
-            said = [phrase for phrase in phrases if phrase and reference.occurrences(phrase)]
-            spoken += len(said)
-            found += sum(bool(hypothesis.occurrences(phrase)) for phrase in said)
-        return [*rates, ("phrase_recall", found, spoken)]
-
-
-def _said(context: UtteranceContext | None, text: str) -> list[str]:
-    """Return the phrases of a context that the utterance says."""
-    return [phrase for phrase in context.phrases if phrase.lower() in text.lower()] if context else []

@@ -95,6 +95,28 @@ def paired_bootstrap(
     )
 
 
+def paired_statistic(
+    first_NC: np.ndarray,
+    second_NC: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    replicates: int = 1000,
+    confidence: float = 0.95,
+) -> Interval | None:
+    """Return the interval of statistic(second) - statistic(first) on the same utterances, as `bootstrap_statistic`.
+
+    Unlike `paired_bootstrap` it takes rates whose denominators differ between the two systems, and an F1.
+    """
+    C = first_NC.shape[1]
+
+    def difference(sums_RC: np.ndarray) -> np.ndarray:
+        return statistic(sums_RC[:, C:]) - statistic(sums_RC[:, :C])
+
+    both_NC = np.concatenate([first_NC, second_NC], axis=1)
+    return bootstrap_statistic(both_NC, difference, seed=seed, replicates=replicates, confidence=confidence)
+
+
 def _resampled_sums(columns_NC: np.ndarray, *, seed: int, replicates: int) -> np.ndarray:
     """Return sums_RC, the column sums of `replicates` resamples of N rows."""
     rows_KC, counts_K = np.unique(columns_NC, axis=0, return_counts=True)

@@ -124,6 +124,14 @@ def write_conditions(
     write_score_folder(scores.plain, out, model_hash=model_hash, decode=decode, conditions=scores.table())
 
 
+def read_conditions(folder: str | Path) -> dict[str, list[ScoredUtterance]]:
+    """Return the records of every condition that `write_conditions` wrote to a folder, "none" first."""
+    folder, names = Path(folder), [NONE]
+    if (folder / CONTEXT_FILE).is_file():
+        names = list(json.loads((folder / CONTEXT_FILE).read_text(encoding="utf-8"))["conditions"])
+    return {name: read_hypotheses((folder if name == NONE else folder / name) / "hyp.jsonl") for name in names}
+
+
 def rescore_conditions(
     folder: str | Path,
     out: str | Path,
@@ -135,11 +143,7 @@ def rescore_conditions(
 ) -> ConditionScores:
     """Score what `write_conditions` wrote again, from the raw texts of every hyp.jsonl, and write it to `out`."""
     folder = Path(folder)
-    names = [NONE]
-    if (folder / CONTEXT_FILE).is_file():
-        names = list(json.loads((folder / CONTEXT_FILE).read_text(encoding="utf-8"))["conditions"])
-    records = {name: read_hypotheses((folder if name == NONE else folder / name) / "hyp.jsonl") for name in names}
-    known = read_summary(folder)
+    known, records = read_summary(folder), read_conditions(folder)
     scores = score_conditions(records, normalizer=normalizer, unit=unit, equivalences=equivalences, seed=seed)
     write_conditions(scores, out, model_hash=known.get("model_hash"), decode=known.get("decode"))
     return scores

@@ -18,7 +18,7 @@ Shape letters: N utterances, C counts.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -61,6 +61,7 @@ RATIOS = {
     "b": ("b_errors", "b_tokens"),  # named b_wer, b_cer or b_mer in a report
     "u": ("u_errors", "u_tokens"),
 }
+F1 = ("recalled", "said", "right", "emitted")
 
 
 class Ratio(NamedTuple):
@@ -82,10 +83,11 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class ContextReport:
-    """Ratios by name, and what was parroted: {utterance id: pieces}."""
+    """Ratios by name, what they are made of, and what was parroted: {utterance id: pieces}."""
 
     rates: dict[str, Ratio]
     chance: dict[str, Ratio]
+    counts_NC: np.ndarray  # ContextCounts of each utterance, in the report's order
     utterances: int
     with_context: int
     echoes: dict[str, tuple[str, ...]]
@@ -114,9 +116,11 @@ def score_context(report: ScoreReport, *, plain: ScoreReport, seed: int = 0, rep
         judged.append(against(report.hypotheses[i]))
         by_chance.append(against(plain.hypotheses[order[i]]))
     metric, ids = METRICS[report.stamp.unit], [utterance.id for utterance in report.utterances]
+    counts_NC, by_chance_NC = (np.array([one.counts for one in side], dtype=np.int64) for side in (judged, by_chance))
     return ContextReport(
-        rates=_ratios(judged, metric=metric, seed=seed, replicates=replicates),
-        chance=_ratios(by_chance, metric=metric, seed=seed, replicates=replicates),
+        rates=_ratios(counts_NC, metric=metric, seed=seed, replicates=replicates),
+        chance=_ratios(by_chance_NC, metric=metric, seed=seed, replicates=replicates),
+        counts_NC=counts_NC,
         utterances=len(judged),
         with_context=sum(one.counts.with_context for one in judged),
         echoes={id_: one.echoes for id_, one in zip(ids, judged) if one.echoes},
@@ -249,18 +253,21 @@ def _split_errors(
     return dict(counts)
 
 
-def _ratios(judged: Sequence[Judged], *, metric: str, seed: int, replicates: int) -> dict[str, Ratio]:
-    counts_NC = np.array([one.counts for one in judged], dtype=np.int64)
+def made_of(counts_NC: np.ndarray, rate: str) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Return the columns that a rate (of RATIOS, or f1) is made of, and the function of their sums that it is."""
+    names, statistic = (F1, _f1) if rate == "f1" else (RATIOS[rate], ratio_of_sums)
+    return counts_NC[:, [ContextCounts._fields.index(name) for name in names]], statistic
+
+
+def _ratios(counts_NC: np.ndarray, *, metric: str, seed: int, replicates: int) -> dict[str, Ratio]:
     totals = ContextCounts(*counts_NC.sum(axis=0).tolist())
     ratios = {}
     for name, (count, of) in RATIOS.items():
-        columns = [ContextCounts._fields.index(column) for column in (count, of)]
-        ratio = _ratio(counts_NC[:, columns], ratio_of_sums, seed=seed, replicates=replicates)
+        ratio = _ratio(*made_of(counts_NC, name), seed=seed, replicates=replicates)
         ratios[f"{name}_{metric}" if len(name) == 1 else name] = ratio._replace(
             count=getattr(totals, count), of=getattr(totals, of)
         )
-    columns = [ContextCounts._fields.index(column) for column in ("recalled", "said", "right", "emitted")]
-    return ratios | {"f1": _ratio(counts_NC[:, columns], _f1, seed=seed, replicates=replicates)}
+    return ratios | {"f1": _ratio(*made_of(counts_NC, "f1"), seed=seed, replicates=replicates)}
 
 
 def _ratio(counts_NC: np.ndarray, statistic, *, seed: int, replicates: int) -> Ratio:

@@ -110,7 +110,7 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[AlignedPa
     if reference == hypothesis:
         return [AlignedPair(HIT, token, token) for token in reference]
     pairs = []
-    for block in Levenshtein.opcodes(*_as_strings(reference, hypothesis)):
+    for block in Levenshtein.opcodes(*as_strings(reference, hypothesis)):
         refs = reference[block.src_start : block.src_end]
         hyps = hypothesis[block.dest_start : block.dest_end]
         if block.tag == "delete":
@@ -127,7 +127,7 @@ def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCo
     """Return the counts of `align` without building it."""
     if reference == hypothesis:
         return ErrorCounts(0, 0, 0, len(reference))
-    edits = Levenshtein.editops(*_as_strings(reference, hypothesis))
+    edits = Levenshtein.editops(*as_strings(reference, hypothesis))
     substitutions = sum(edit.tag == "replace" for edit in edits)
     # errors = S + D + I and D - I = len(reference) - len(hypothesis) give the other two.
     deletions = (len(edits) - substitutions + len(reference) - len(hypothesis)) // 2
@@ -147,12 +147,10 @@ def corpus_counts(counts_NC: np.ndarray) -> ErrorCounts:
     return ErrorCounts(*(int(total) for total in counts_NC.sum(axis=0)))
 
 
-def _as_strings(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[str, str]:
+def as_strings(*sequences: Sequence[str]) -> tuple[str, ...]:
     """Stand one character for each distinct token: rapidfuzz is fastest, and exact, on strings."""
-    if isinstance(reference, str) and isinstance(hypothesis, str):
-        return reference, hypothesis
+    texts = tuple(tokens for tokens in sequences if isinstance(tokens, str))
+    if len(texts) == len(sequences):
+        return texts
     code: dict[str, int] = {}
-    return (
-        "".join([chr(code.setdefault(token, len(code))) for token in reference]),
-        "".join([chr(code.setdefault(token, len(code))) for token in hypothesis]),
-    )
+    return tuple("".join([chr(code.setdefault(token, len(code))) for token in tokens]) for tokens in sequences)

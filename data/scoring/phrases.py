@@ -53,13 +53,19 @@ class Tokens(Sequence[str]):
         n = len(piece)
         return [(at, at + n) for at in range(len(self) - n + 1) if self.words[at : at + n] == piece]
 
+    def places(self, inventory: "Inventory") -> list[tuple[int, int]]:
+        """Return (start, end) of every place where a phrase stands, overlaps and phrases within others included."""
+        sizes = range(1, min(inventory.longest, len(self)) + 1)
+        starts = ((at, at + n) for n in sizes for at in range(len(self) - n + 1))
+        return [(start, end) for start, end in starts if self.words[start:end] in inventory]
+
     def in_unit(self, text: str, unit: str, places: Iterable[tuple[int, int]]) -> list[bool]:
         """Say of each token of `unit` in `text` (as `errors.tokenize` cuts it) whether it lies in one of `places`."""
         covered = bytearray(len(text))
         for start, end in places:
             first, last = self.spans[start][0], self.spans[end - 1][1]
             covered[first:last] = b"\1" * (last - first)
-        return [any(covered[match.start() : match.end()]) for match in _UNITS[unit].finditer(text)]
+        return [covered.find(1, *match.span()) >= 0 for match in _UNITS[unit].finditer(text)]
 
 
 class Inventory:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .baseline import Comparison
+from .baseline_table import comparison_section
 from .charts import charts
 from .conditions import NONE, ConditionScores
 from .context_table import context_section
@@ -32,6 +34,7 @@ def write_report(
     title: str = "Recognition report",
     others: Mapping[str, ScoreReport] | None = None,
     conditions: ConditionScores | None = None,
+    comparison: Comparison | None = None,
     stages: Mapping[str, Mapping] | None = None,
     runs: Mapping[str, Iterable[Mapping]] | None = None,
     details: Mapping[str, object] | None = None,
@@ -42,8 +45,9 @@ def write_report(
     """Write one self-contained HTML file and return its path.
 
     others: further sets or systems for the rates table, by name. conditions: of which `report` is the one without
-    context; the others are put beside it. stages: {stage: {metric: value}}, as in a pipeline's
-    summary.json. runs: {stage: rows of its metrics.jsonl}. details: facts for the foot (model hash, decode options).
+    context; the others are put beside it. comparison: with an earlier evaluation. stages: {stage: {metric: value}},
+    as in a pipeline's summary.json. runs: {stage: rows of its metrics.jsonl}. details: facts for the foot (model hash,
+    decode options).
     audio: called with utterance ids, worst first, until max_audio_bytes (of encoded audio, all together) are used.
     """
     beside = {name: other for name, other in conditions.reports.items() if name != NONE} if conditions else {}
@@ -51,6 +55,7 @@ def write_report(
         _headline(report, title),
         _rates_table(report, beside | dict(others or {})),
         context_section(conditions) if conditions else "",
+        comparison_section(comparison) if comparison else "",
         _stage_table(stages) if stages else "",
         _learning_curves(runs) if runs else "",
         _patterns(report),

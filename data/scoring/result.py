@@ -214,9 +214,10 @@ def same_utterances(first: ScoreReport, second: ScoreReport) -> np.ndarray:
     if not first.stamp.comparable(second.stamp):
         raise ValueError(f"reports are not comparable: {first.stamp} against {second.stamp}; score both the same way")
     other = {utterance.id: index for index, utterance in enumerate(second.utterances)}
-    if other.keys() != {utterance.id for utterance in first.utterances}:
+    if alone := other.keys() ^ {utterance.id for utterance in first.utterances}:
         raise ValueError(
-            f"reports hold different utterances ({len(first.utterances)} and {len(other)}): score one set with both"
+            f"reports hold different utterances ({len(first.utterances)} and {len(other)}; {min(alone)!r} is in one of "
+            "them only): score one set with both"
         )
     order_N = np.array([other[utterance.id] for utterance in first.utterances])
     for utterance, text, index in zip(first.utterances, first.references, order_N):

@@ -76,6 +76,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     result = _on_artifact("evaluate", arguments, given={"data": arguments.data})
     if isinstance(result, int):
         return result
+    comparison = result.path / "baseline.txt"
+    if comparison.is_file():
+        print(f"\n{comparison.read_text(encoding='utf-8')}")
     print(f"report: {result.path}")
     return 0
 

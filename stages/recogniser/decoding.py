@@ -149,6 +149,23 @@ def given_batches(
                 )
 
 
+def undecoded(batch: GivenBatch, condition: str) -> list[ScoredUtterance]:
+    """Return the utterances of a batch under one condition, with nothing recognised yet."""
+    audio = batch.audio
+    return [
+        ScoredUtterance(
+            id=audio.keys[i],
+            reference=audio.texts[i],
+            hypothesis="",
+            lang=audio.meta[i].get("lang") or "",
+            keywords=batch.keywords[i],
+            phrases=context.phrases,
+            context=context.text,
+        )
+        for i, context in enumerate(batch.contexts[condition])
+    ]
+
+
 def decoded(
     model: AudioLLM,
     batch: GivenBatch,
@@ -175,20 +192,15 @@ def decoded(
         batch_seconds=cfg.batch_seconds,
     )
     rtf, memory_gb = (time.perf_counter() - started) / audio.seconds, peak_memory_gb()
-    for i, (nbest, _) in enumerate(heard):
-        yield ScoredUtterance(
-            id=audio.keys[i],
-            reference=audio.texts[i],
+    for utterance, length, (nbest, _) in zip(undecoded(batch, condition), seconds, heard):
+        yield replace(
+            utterance,
             hypothesis=nbest[0][0],
-            seconds=seconds[i],
+            seconds=length,
             nbest=tuple(text for text, _ in nbest),
             scores=tuple(score for _, score in nbest),
             memory_gb=memory_gb,
             rtf=rtf,
-            lang=audio.meta[i].get("lang") or "",
-            keywords=batch.keywords[i],
-            phrases=contexts[i].phrases,
-            context=contexts[i].text,
         )
 
 

@@ -141,6 +141,10 @@ class RecogniserTraining:
         }
 
     def count(self, batch: AudioBatch) -> int:
+        return self.target_tokens(batch)
+
+    def target_tokens(self, batch: AudioBatch) -> int:
+        """Return the number of transcript and end tokens."""
         return sum(len(ids) + 1 for ids in self.transcripts(batch))
 
     def transcripts(self, batch: AudioBatch) -> list[list[int]]:
@@ -180,19 +184,24 @@ class RecogniserTraining:
     def metrics(self, out: AudioLLMOutput, batch: AudioBatch, prompts: Prompts) -> Metrics:
         """Return the metrics of a step."""
         metrics: Metrics = {"nll": (out.loss_sum.detach(), out.count), "token_acc": (out.correct, out.count)}
-        if prompts.languages is not None:
-            known = self.processor.prompts.languages
-            unknown = sum(tag != "" and tag not in known for tag in _languages(batch))
-            metrics |= {
-                "language_told_frac": (sum(map(bool, prompts.languages)), len(batch)),
-                "language_unknown_frac": (unknown, len(batch)),
-            }
+        metrics |= self.prompt_metrics(batch, prompts)
         return metrics | (self.ctc_metrics(out.ctc, batch) if out.ctc is not None else {})
+
+    def prompt_metrics(self, batch: AudioBatch, prompts: Prompts) -> Metrics:
+        """Return what is logged of what stands in the prompts beside the speech."""
+        if prompts.languages is None:
+            return {}
+        known = self.processor.prompts.languages
+        unknown = sum(tag != "" and tag not in known for tag in _languages(batch))
+        return {
+            "language_told_frac": (sum(map(bool, prompts.languages)), len(batch)),
+            "language_unknown_frac": (unknown, len(batch)),
+        }
 
     def ctc_metrics(self, ctc: CTCLoss, batch: AudioBatch) -> Metrics:
         """Nats per token of the LLM, as the loss beside it, and the share of utterances left out."""
         return {
-            "ctc_loss": (ctc.loss_sum.detach(), self.count(batch)),
+            "ctc_loss": (ctc.loss_sum.detach(), self.target_tokens(batch)),
             "ctc_too_short_frac": (ctc.too_short, len(batch)),
         }
 
@@ -226,7 +235,13 @@ class RecogniserTraining:
             for prefix, hypotheses in heard.items():
                 for name, errors, count in self.scores(batch, hypotheses):
                     add(f"{prefix}{name}", errors, count)
+            for name, (value, count) in self.beyond_greedy(model, batch).items():
+                add(name, float(value), float(count))
         return sums
+
+    def beyond_greedy(self, model: AudioLLM, batch: AudioBatch) -> dict[str, tuple[Any, Any]]:
+        """Return what else a stage measures on a validation batch."""
+        return {}
 
     def scores(self, batch: AudioBatch, hypotheses: list[str]) -> list[tuple[str, float, float]]:
         """Return the (name, sum, count) of what one set of hypotheses is measured by."""

@@ -30,6 +30,7 @@ from .optimizer import make_optimizer
 from .parameters import digest, freeze_others, numel, optimizer_groups
 from .seeds import seed_forward
 from .stage import TrainingStage
+from .stopwatch import Stopwatch
 from .train_config import TrainConfig
 from .world import World, import_deepspeed
 
@@ -120,13 +121,17 @@ class Engine:
         loss_sum = torch.zeros((), device=self.world.device)
         metrics: Metrics = {}
         scale = self.world.size / max(total_count, 1.0)
+        watch = Stopwatch(self.world.device)
         for i, batch in enumerate(batches):
             loss = self._forward(batch)
+            watch.lap("time/forward_s")
             self._backward(loss, scale, last=i == len(batches) - 1)
+            watch.lap("time/backward_s")
             loss_sum += loss.detach()
             add_metrics(metrics, self.module.metrics)
         grad_norm, applied = self._update()
-        return StepResult(loss_sum, metrics, grad_norm, applied)
+        watch.lap("time/update_s")
+        return StepResult(loss_sum, metrics | watch.read(), grad_norm, applied)
 
     def _forward(self, batch: Any) -> Tensor:
         seed_forward(self.seed, batch.index)

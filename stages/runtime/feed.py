@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from ...data.batches import PlannedBatches, make_loader
+from ...data.plan import MicroBatch
 from .world import World
 
 
@@ -20,6 +21,12 @@ class FedStep(NamedTuple):
 
     planned: Any
     batches: list[Any]
+
+    @property
+    def share(self) -> list[MicroBatch]:
+        """This rank's planned micro-batches, which `batches` were read from."""
+        mine = {batch.index for batch in self.batches}
+        return [micro_batch for micro_batch in self.planned.micro_batches if micro_batch.index in mine]
 
 
 class _RankShare:

@@ -5,20 +5,29 @@ A stage is an instance that the runtime drives: `build` comes first, so a stage 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ...data.batches import PlannedBatches
 from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
+from .feed import FedStep
 from .metrics import Metrics
 
 
 def on_meta() -> bool:
     """Whether a stage's model is only being measured (`seedling check`): shapes without weights, and no audio read."""
     return torch.get_default_device().type == "meta"
+
+
+def only_shapes(model: nn.Module) -> bool:
+    """Whether the weights have shapes and no values, as in the loss that `seedling check` takes."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(next(model.parameters()), FakeTensor)
 
 
 class StepOutput(NamedTuple):
@@ -78,6 +87,22 @@ class TrainingStage(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> StepOutput: ...
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> Metrics: ...
     def export(self, model: nn.Module, writer: ArtifactWriter) -> None: ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """What a training stage has besides where it wants its steps before they are trained on.
+
+    `prepared` is a generator that yields `steps` unchanged; the trainer draws one before each optimizer step, and what
+    stands between two yields runs on all ranks between two of them. It may pull steps ahead: where the run stands moves
+    with what it yields. `step` is the first one's number. `weights()` is to be entered on all ranks together; it yields
+    the model in eval mode with all its weights. The generator is closed when training ends, by an error too.
+    The dry run comes before it, with a batch that is in no step.
+    """
+
+    def prepared(
+        self, steps: Iterator[FedStep], *, weights: Callable[[], AbstractContextManager[nn.Module]], step: int
+    ) -> Iterator[FedStep]: ...
 
 
 def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:

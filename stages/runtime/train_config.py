@@ -61,6 +61,7 @@ class TrainConfig:
     dry_run: bool = True
     log_every: int = 10
     eval_every: int = 0
+    eval_first: bool = False  # evaluate before the first step as well: what the run began with
     save_every: int = 500
     keep_last: int = 2
     num_workers: int = 0

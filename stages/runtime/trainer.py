@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
@@ -37,7 +37,7 @@ from .meters import Meters, mean_metrics, peak_memory_gb
 from .parameters import format_table, numel, parameter_table
 from .schedule import lr_factor
 from .signals import Interrupted, StopRequest
-from .stage import RunStage, TrainingStage, validation_sets
+from .stage import LooksAhead, RunStage, TrainingStage, validation_sets
 from .world import World, init_world
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,12 @@ class Trainer:
         """Train from the newest checkpoint, or from the beginning, to the last step."""
         self.resume()
         self.meters = Meters(self.world)
-        with closing(self._open_log()) as self.log, StopRequest() as self.stop:
+        with closing(self._open_log()) as self.log, StopRequest() as self.stop, closing(self.steps()) as steps:
             self.announce()
             self.dry_run()
-            for fed in self.meters.waited(self.steps()):
+            if self.train.eval_first and self.state.step == 0:
+                self.evaluate()
+            for fed in self.meters.waited(steps):
                 agreed = self.agree(fed)
                 result = self.train_step(fed, agreed)
                 self.count_step(fed, agreed, result)
@@ -143,13 +145,16 @@ class Trainer:
             )
         return agreed
 
-    def steps(self) -> Iterator[FedStep]:
+    def steps(self) -> Generator[FedStep, None, None]:
         """Planned steps with this rank's batches, from where the run stands to its last step."""
         remaining = self.total_steps - self.state.step
         if remaining > 0:
             cursor = Cursor.from_dict(self.state.cursor) if self.state.cursor else None
             fed = feed(self.data, world=self.world, num_workers=self.train.num_workers, cursor=cursor)
-            yield from islice(fed, remaining)
+            steps: Iterator[FedStep] = islice(fed, remaining)
+            if isinstance(self.stage, LooksAhead):
+                steps = self.stage.prepared(steps, weights=self.engine.whole_model, step=self.state.step)
+            yield from steps  # closing this one closes that one
 
     def due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0)

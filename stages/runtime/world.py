@@ -80,6 +80,17 @@ def init_world() -> World:
     return World(dist.get_rank(), size, device, _control_group() if size > 1 else None)
 
 
+def leave_world() -> None:
+    """Take the process group down; call it last, on a rank that has finished its work.
+
+    Its threads let go of the last messages whenever they come to it. One that does so while Python shuts down takes the
+    whole process with it (exit code -6).
+    """
+    if dist.is_initialized():
+        _CONTROL.clear()
+        dist.destroy_process_group()
+
+
 _CONTROL: list[Any] = []
 
 

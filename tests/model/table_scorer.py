@@ -9,8 +9,8 @@ import torch
 class TableScorer:
     """A scorer without a model: the next token's probabilities depend on the utterance and the tokens so far."""
 
-    def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: int, *, spread: float = 1.0):
+        self.vocabulary, self.spread = vocabulary, spread
         self.histories: list[tuple] = []
         self.rows_seen: list[int] = []
 
@@ -19,6 +19,7 @@ class TableScorer:
         return self._log_probs()
 
     def step(self, tokens):
+        assert len(tokens) == len(self.histories)
         self.histories = [(*history, token) for history, token in zip(self.histories, tokens.tolist())]
         return self._log_probs()
 
@@ -31,7 +32,7 @@ class TableScorer:
 
     def next_of(self, history: tuple) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(repr(history).encode()))
-        return torch.randn(self.vocabulary, generator=generator).log_softmax(-1)
+        return (self.spread * torch.randn(self.vocabulary, generator=generator)).log_softmax(-1)
 
 
 def forbidding(scorer: TableScorer, forbidden) -> TableScorer:

@@ -3,11 +3,12 @@
 import itertools
 import math
 import random
-import zlib
+from functools import partial
 
 import pytest
 import torch
 from random_llms import END, make_end_likely, prompts_of
+from table_scorer import TableScorer
 
 from seedling.model.context_search import ContextPrompt, ContextScorer
 from seedling.model.ctc_prefix import CTCPrefixes, TokenBytes, token_bytes
@@ -19,33 +20,7 @@ INF = math.inf
 OFF = {"context_prune": INF, "context_top_k": 0}
 
 
-class Table:
-    """A scorer without a model: the next token's probabilities depend on the prompt and the tokens so far."""
-
-    def __init__(self, vocabulary: int, *, spread: float = 1.5):
-        self.vocabulary, self.spread = vocabulary, spread
-        self.histories: list[tuple] = []
-        self.rows_seen: list[int] = []
-
-    def start(self, prefixes):
-        self.histories = [(prefix,) for prefix in prefixes]
-        return self._log_probs()
-
-    def step(self, tokens):
-        assert len(tokens) == len(self.histories)
-        self.histories = [(*history, token) for history, token in zip(self.histories, tokens.tolist())]
-        return self._log_probs()
-
-    def select(self, rows):
-        self.histories = [self.histories[row] for row in rows.tolist()]
-
-    def _log_probs(self):
-        self.rows_seen.append(len(self.histories))
-        return torch.stack([self.next_of(history) for history in self.histories])
-
-    def next_of(self, history: tuple) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(repr(history).encode()))
-        return (self.spread * torch.randn(self.vocabulary, generator=generator)).log_softmax(-1)
+Table = partial(TableScorer, spread=1.5)
 
 
 def joint_step(p0: list[float], pc: list[float], config: DecodeConfig) -> dict[int, float]:
@@ -300,7 +275,7 @@ def test_a_word_that_only_the_context_proposes_wins_when_it_was_said_and_only_th
         "context": [-9.0, -9.0, -9.0, -9.0, -9.0, -9.0, -0.1],
     }
 
-    class Opinions(Table):
+    class Opinions(TableScorer):
         def next_of(self, history):
             ended = torch.full((7,), -9.0).scatter(0, torch.tensor([0]), -0.1)
             return torch.tensor(likely[history[0]]) if len(history) == 1 else ended

@@ -125,7 +125,8 @@ def test_scoring_again_without_the_model_gives_the_same(evaluated, tmp_path):
 
 def test_two_ranks_find_the_same_under_every_condition(evaluated, arguments, tmp_path):
     config = tiny_runs.write_yaml(tmp_path / "evaluate.yaml", {})
-    tiny_runs.run_ranks(tmp_path, 2, "evaluate", "--config", str(config), f"run_dir={tmp_path}/run", *arguments)
+    given = [*arguments, f"inputs.baseline={evaluated}"]
+    tiny_runs.run_ranks(tmp_path, 2, "evaluate", "--config", str(config), f"run_dir={tmp_path}/run", *given)
     for name in ("", "right", "wrong"):
         one, two = hypotheses(evaluated / name), hypotheses(tmp_path / "run" / "artifact" / name)
         assert one.keys() == two.keys()
@@ -137,7 +138,11 @@ def test_two_ranks_find_the_same_under_every_condition(evaluated, arguments, tmp
             np.testing.assert_allclose(two[id_]["scores"], row["scores"], atol=1e-3)
     ours, theirs = (load_artifact(folder).metrics for folder in (evaluated, tmp_path / "run" / "artifact"))
     by_process = {name for name in ours if name.endswith(("rtf", "peak_memory_gb"))}
-    assert {k: ours[k] for k in ours.keys() - by_process} == {k: theirs[k] for k in theirs.keys() - by_process}
+    compared = theirs.keys() - ours.keys()
+    assert {k: ours[k] for k in ours.keys() - by_process} == {
+        k: theirs[k] for k in theirs.keys() - by_process - compared
+    }
+    assert len(compared) > 10 and not any(theirs[name] for name in compared if "_change" in name)
 
 
 def test_a_run_that_echoes_too_much_writes_everything_and_fails(arguments, tmp_path, capsys):

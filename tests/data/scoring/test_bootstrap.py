@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from seedling.data.scoring.bootstrap import bootstrap_interval, paired_bootstrap
+from seedling.data.scoring.bootstrap import bootstrap_interval, paired_bootstrap, paired_statistic, ratio_of_sums
 
 
 def corpus(count, *, seed, rate=0.1):
@@ -74,3 +74,24 @@ def test_settings_out_of_range_are_refused():
         bootstrap_interval(errors_N, lengths_N, seed=0, confidence=95)
     with pytest.raises(ValueError, match="two or more utterances"):
         paired_bootstrap(errors_N[:1], errors_N[:1], lengths_N[:1], seed=0)
+
+
+def test_the_paired_interval_of_independent_changes_is_the_normal_one():
+    """Of two proportions over the same utterances only those count that change: d is -1, 0 or 1 in each."""
+    generator = np.random.default_rng(8)
+    first_N, second_N = generator.binomial(1, 0.4, size=3_000), generator.binomial(1, 0.3, size=3_000)
+    second_N = np.where(generator.random(3_000) < 0.7, first_N, second_N)
+    ones_N = np.ones_like(first_N)
+    sides = (np.stack([errors_N, ones_N], axis=1) for errors_N in (first_N, second_N))
+    low, high, *_ = paired_statistic(*sides, ratio_of_sums, seed=0, replicates=4_000)
+    change_N = second_N - first_N
+    half = 1.96 * change_N.std() / np.sqrt(3_000)
+    assert low == pytest.approx(change_N.mean() - half, abs=0.06 * half)
+    assert high == pytest.approx(change_N.mean() + half, abs=0.06 * half)
+
+
+def test_paired_rates_may_be_over_different_numbers_and_need_something_on_both_sides():
+    first_N2, second_N2 = np.array([[1, 2], [0, 0], [1, 1]]), np.array([[0, 1], [2, 4], [0, 0]])
+    low, high, *_ = paired_statistic(first_N2, second_N2, ratio_of_sums, seed=0)
+    assert -1 <= low <= 2 / 5 - 2 / 3 <= high <= 0.5
+    assert paired_statistic(first_N2, second_N2 * 0, ratio_of_sums, seed=0) is None

@@ -21,6 +21,14 @@ def test_phrases_stand_by_words_and_not_by_letters():
     assert stand("caitlin and adams", "caitlin adams") == []
 
 
+def test_places_are_all_where_a_phrase_stands_also_within_another():
+    tokens = Tokens("call caitlin adams and adams now")
+    inventory = Inventory(map(phrase_of, ["caitlin adams", "adams", "adams now", "marc"]))
+    found = sorted(shown(tokens[start:end]) for start, end in tokens.places(inventory))
+    assert found == ["adams", "adams", "adams now", "caitlin adams"]
+    assert Tokens("").places(inventory) == Tokens("adams").places(Inventory([])) == []
+
+
 def test_the_longest_phrase_wins_and_none_stands_within_another():
     assert stand("caitlin adams and caitlin", "caitlin", "caitlin adams", "adams") == ["caitlin adams", "caitlin"]
 

@@ -1,6 +1,7 @@
 """The loop from outside: what it trains, logs, refuses and hands on. Kills and resumes are in test_checkpoint.py."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from toy_stage import ToyStage, toy_config
 
 from seedling.stages.runtime.artifacts import load_artifact
 from seedling.stages.runtime.checkpoint import list_checkpoints
+from seedling.stages.runtime.parameters import digest
 from seedling.stages.runtime.schedule import lr_factor
 from seedling.stages.runtime.seeds import seed_forward
 from seedling.stages.runtime.train_config import TrainConfig
@@ -97,6 +99,45 @@ def test_a_frozen_parameter_that_changes_is_caught_after_the_first_step(tmp_path
 
     with pytest.raises(AssertionError, match="frozen parameters changed by step 1"):
         train(tmp_path, Leaky())
+
+
+class Peeking(ToyStage):
+    """Looks three steps ahead, and notes the weights as it finds them."""
+
+    def prepared(self, steps, *, weights, step):
+        self.seen, self.closed = [], False
+        try:
+            while ahead := list(islice(steps, 3)):
+                with weights() as model:
+                    self.seen.append((step, model.training, digest(model.parameters())))
+                yield from ahead
+                step += len(ahead)
+        finally:
+            self.closed = True
+
+
+def test_a_stage_may_look_at_steps_ahead_between_optimizer_steps_and_it_does_not_show(tmp_path):
+    settings = {"train": {"max_steps": 8, "save_every": 4, "schedule": "constant", "warmup_steps": 0}}
+    halfway = {"train": {**settings["train"], "max_steps": 4}}
+    train(tmp_path / "plain", **settings)
+    train(tmp_path / "peeking", first := Peeking(), **halfway)
+    train(tmp_path / "peeking", second := Peeking(), **settings)
+    assert [seen[:2] for seen in (*first.seen, *second.seen)] == [(0, False), (3, False), (4, False), (7, False)]
+    assert len({weights for *_, weights in (*first.seen, *second.seen)}) == 4
+    assert first.closed and second.closed
+    a, b = load_weights(tmp_path / "peeking"), load_weights(tmp_path / "plain")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert read_lines(tmp_path / "peeking" / "ledger.jsonl") == read_lines(tmp_path / "plain" / "ledger.jsonl")
+
+
+def test_what_looks_ahead_is_closed_before_an_error_leaves_the_run(tmp_path):
+    stage = Peeking()
+    try:
+        train(tmp_path, stage, nan_keys=["u0051"], train={"max_steps": 40, "max_nonfinite_steps": 0})
+    except ValueError as error:
+        assert stage.closed and "u0051" in str(error)  # here, as what is collected with the traceback closes too
+    else:
+        pytest.fail("the run went on")
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0), (5, 5)])

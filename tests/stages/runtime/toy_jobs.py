@@ -15,9 +15,12 @@ TOY = Path(__file__).with_name("toy_stage.py")
 
 
 class Job:
-    """Processes that train the toy runs {name: settings} under `root`; rank r's output is in `output(r)`."""
+    """Processes that train the toy runs {name: settings} under `root`; rank r's output is in `output(r)`.
 
-    def __init__(self, root: Path, runs: dict, *, ranks: int = 1):
+    `toy` is the script of a stage, which can import toy_stage.
+    """
+
+    def __init__(self, root: Path, runs: dict, *, ranks: int = 1, toy: Path = TOY):
         root.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.root, self.ranks = root, []
@@ -28,9 +31,10 @@ class Job:
                 **os.environ,
                 **dict(zip(RANK_VARIABLES, values)),
                 "PYTHONSAFEPATH": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TOY.parent)])),
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, str(TOY), str(root), json.dumps(runs)]
+            command = [sys.executable, str(toy), str(root), json.dumps(runs)]
             with log.open("w") as f:
                 self.ranks.append(subprocess.Popen(command, env=environment, stdout=f, stderr=subprocess.STDOUT))
 

@@ -167,7 +167,9 @@ class ToyStage:
         torch.save(model.state_dict(), writer.path / "model.pt")
 
 
-def toy_config(run_dir, *, seed: int = 1, train: dict | None = None, **toy) -> ToyConfig:
+def toy_config(
+    run_dir, *, seed: int = 1, train: dict | None = None, schema: type[ToyConfig] = ToyConfig, **toy
+) -> ToyConfig:
     """Return a config of 20 steps of 4 micro-batches, without W&B; `train` and `toy` override it."""
     settings = {
         "max_steps": 0 if train and "epochs" in train else 20,
@@ -181,7 +183,7 @@ def toy_config(run_dir, *, seed: int = 1, train: dict | None = None, **toy) -> T
         **(train or {}),
     }
     settings["wandb"] = WandbConfig(**settings["wandb"])
-    return ToyConfig(run_dir=str(run_dir), seed=seed, train=TrainConfig(**settings), **toy)
+    return schema(run_dir=str(run_dir), seed=seed, train=TrainConfig(**settings), **toy)
 
 
 def main(root: str, runs: str) -> None:
