@@ -32,6 +32,7 @@ from seedling.model.augment import SpecAugmentConfig
 from seedling.model.candidate_scoring import TokenTree, score_candidates
 from seedling.model.conformer import PRESETS, ConformerConfig
 from seedling.model.decoding import DecodeConfig, Hypothesis
+from seedling.stages.reinforcement.objectives import mwer_loss
 
 sys.path.append(str(Path(__file__).resolve().parent))  # left out where PYTHONSAFEPATH is set
 from decoding import END, FIRST_WORD, SIZES, by_generate, random_recogniser, set_end, waveforms_of
@@ -73,12 +74,7 @@ class Clock:
         model.converter.register_forward_hook(lambda *_: self.stop())
 
 
-# --- the objective ---------------------------------------------------------------------------------------------------
-
-
-def mwer_loss(scores_BN: Tensor, risks_BN: Tensor) -> Tensor:
-    """Return loss_B = (1/N) sum_i Phat_i (W_i - mean W)."""
-    return (scores_BN.softmax(1) * (risks_BN - risks_BN.mean(1, keepdim=True))).mean(1)
+# --- the risks -------------------------------------------------------------------------------------------------------
 
 
 def risks_of(nbests: list[list[Hypothesis]]) -> Tensor:
@@ -144,7 +140,8 @@ def step(way: str, model: AudioLLM, batch: Batch, risks_BN: Tensor, clock: Clock
     nbests = generate(model.eval(), batch, risks_BN.shape[1])
     clock.stop()
     clock.start("scoring")
-    loss = mwer_loss(score(model.train(), batch, nbests), risks_BN).sum()
+    scores_BN = score(model.train(), batch, nbests)
+    loss = mwer_loss(scores_BN, risks_BN, torch.ones_like(risks_BN, dtype=torch.bool)).sum()
     clock.stop()
     clock.start("backward")
     loss.backward()
