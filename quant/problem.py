@@ -82,9 +82,9 @@ class Problem:
         return self.hessian_KK.float()
 
     @cached_property
-    def order_K(self) -> Tensor:
-        """Columns by falling diagonal of H (act-order); equal ones as they stand."""
-        return torch.argsort(self.hessian_KK.diagonal(), descending=True, stable=True)
+    def group_of_column_K(self) -> Tensor:
+        columns_K = torch.arange(self.weight_NK.shape[1], device=self.weight_NK.device)
+        return columns_K // self.group_size if self.group_size > 0 else torch.zeros_like(columns_K)
 
     def expand(self, values_NG: Tensor) -> Tensor:
         return expand_groups(values_NG, like=self.weight_NK, group_size=self.group_size)
