@@ -1,15 +1,15 @@
 """Box-aware rounding: before each block of columns, what is left is solved again within the range of its codes.
 
 At two bits many weights lie beyond the lowest or the highest code. GPTQ moves the error of a rounded column onto later
-ones whether they can take it or not, and what pushes a weight further out is lost when it is clipped. So the columns that
-are not yet rounded are kept near the minimum of
+ones whether they can take it or not, and what pushes a weight further out is lost when it is clipped. So the columns
+that are not yet rounded are kept near the minimum of
 
     (a - w) H (a - w)^T,   a = [rounded columns | x],   x within the box,
 
-by accelerated projected gradient: each column's step as its diagonal of H says, momentum dropped in rows where it points
-uphill, no constant that depends on a unit. The block is then rounded as GPTQ does, and GPTQ's compensation, clipped to the
-box, is where the next solve starts. That start is worth more than steps: from where the last solve ended, eight steps
-left the error 4 % above what thirty did (docs/log.md).
+by accelerated projected gradient: each column's step as its diagonal of H says, momentum dropped in rows where it
+points uphill, no constant that depends on a unit. The block is then rounded as GPTQ does, and GPTQ's compensation,
+clipped to the box, is where the next solve starts. That start is worth more than steps: from where the last solve had
+ended, eight steps left the error 4 % above what thirty did (docs/log.md).
 Shape letters: N rows, K columns (rows in memory), C columns of a block, L columns that are left.
 """
 
@@ -26,7 +26,7 @@ FIRST_STEPS, STEPS = 30, 12  # before the first block, and before each other one
 
 
 def block_columns(K: int) -> int:
-    """Return the columns of a block: 16 in small layers, 64 in most, a 64th of the columns where there are very many."""
+    """Return the columns of a block: 16 in small layers, 64 in most, K / 64 in very wide ones."""
     return max(16, min(64, K // 16), K // 64)
 
 

@@ -1,8 +1,8 @@
 """The best scales and zeros for given codes: linear least squares under H, in closed form.
 
-H couples the groups of a row, so a row has one system of 2G unknowns (2 per channel). Its matrix is made of sums of
-H over pairs of groups, weighted by codes on no, one or both sides; made group by group, it takes the memory of a
-few weights, and a limited number of rows at a time are solved (docs: decoupleQ's own form takes three tensors [N, G, K]).
+H couples the groups of a row, so a row has one system of 2G unknowns. Its matrix is made of sums of H over pairs of
+groups, weighted by the codes on no, one or both sides. Made group by group, it takes the memory of a few weights (the
+published form holds three tensors [N, G, K]), and only so many rows are solved at a time.
 Shape letters: N rows, K columns, G groups in a row, R rows at a time.
 """
 

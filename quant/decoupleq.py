@@ -1,7 +1,8 @@
 """decoupleQ: integers and the floats around them as separate unknowns, found in turn.
 
-Scale and zero are not derived from the range of the weights (https://arxiv.org/abs/2404.12759). One round is: codes for
-fixed (scale, zero), then (scale, zero) for fixed codes in closed form; each is taken, row by row, where the error falls.
+Scale and zero are not derived from the range of the weights (https://arxiv.org/abs/2404.12759). One round is: codes
+for fixed (scale, zero), then (scale, zero) for fixed codes in closed form; each is taken, row by row, where the error
+falls.
 The methods differ in how codes are found, and in where the search starts:
 
     default        group_clip, box-aware rounding (quant/box.py)
@@ -35,7 +36,8 @@ def solve_layer(
     """Quantise a linear layer's weight for inputs of second moment H = X^T X / n.
 
     `group_size` columns share scale and zero; -1: a whole row. Units of weight and inputs do not matter. Without H all
-    columns count alike. ValueError for a weight or H that is not finite, shapes that do not fit, unknown bits or methods.
+    columns count alike. ValueError for a weight or H that is not finite, for shapes that do not fit, and for bits,
+    group sizes and methods that there are none of.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}")

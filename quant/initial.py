@@ -2,7 +2,7 @@
 
 Outliers stretch the range that minimum and maximum span, and at few bits everything else then shares a level or two.
 Two searches. `row_clip` is the published one: one shrinking factor for all groups of a row, range with zero in it, and
-the row's whole error decides. `group_clip` is ours: each group by itself under its own diagonal block of H, and from each
+the row's whole error decides. `group_clip` is ours: each group by itself under its own diagonal block of H; from each
 of several ranges it alternates rounding and refitting (scale, zero), which moves both ends freely.
 Shape letters: N rows, K columns, G groups in a row, C columns of a group.
 """
@@ -17,7 +17,7 @@ from .closed_form import refitted
 from .problem import Problem, Quantised
 
 ROW_FACTORS = 160  # 1, 0.995, ... 0.205
-LOOKS = (16, 4, 1)  # every 16th factor, then every 4th around the best, then each
+LOOKS = (4, 1)  # every 4th factor, then each around the best: errors within 0.2 % of those of all 160
 GROUP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 REFITS = 3
 
@@ -34,7 +34,7 @@ def min_max(problem: Problem) -> tuple[Tensor, Tensor]:
 def row_clip(problem: Problem) -> Quantised:
     """Return the state of the factor whose codes by rounding to nearest have the lowest row error, refitted.
 
-    160 factors are published. Their error is smooth enough to look at 22 of them, ever more closely around the best.
+    160 factors are published; 46 of them are looked at.
     """
     scale_NG, zero_NG = min_max(problem)
     best_N = torch.full_like(scale_NG[:, 0], torch.inf)
@@ -73,7 +73,7 @@ def group_clip(problem: Problem) -> Quantised:
     for factor in GROUP_FACTORS:
         middle_GN, half_GN = (low_GN + high_GN) / 2, (high_GN - low_GN) / 2 * factor
         scale_GN, zero_GN = 2 * half_GN / problem.top, middle_GN - half_GN
-        for refit in range(REFITS + 1):
+        for _ in range(REFITS + 1):
             inverse_GN = torch.where(scale_GN == 0, 0.0, 1 / scale_GN)
             codes_GNC = ((w_GNC - zero_GN[..., None]) * inverse_GN[..., None] + 0.5).floor_().clamp_(0, problem.top)
             codes_GNC *= real_GC[:, None]

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solution import LayerSolution, expand_groups, group_count, require_grid
+from .solution import LayerSolution, check_bits, columns_of_groups, group_count
 
 DAMPING = 0.01
+FORM_BLOCKS = 6
 ASYMMETRY = 1e-3  # relative to the largest entry; a second moment has none but rounding
 
 
@@ -50,10 +51,11 @@ class Problem:
     @classmethod
     def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
         """Check and scale. Without a Hessian all columns count alike. ValueError names what is wrong."""
-        require_grid(bits=bits, group_size=group_size)
+        check_bits(bits)
         if weight_NK.dim() != 2 or not weight_NK.numel():
             raise ValueError(f"weight_NK has shape {tuple(weight_NK.shape)}; a linear layer's is [N, K]")
         N, K = weight_NK.shape
+        group_count(K, group_size)  # refuses sizes that are none
         weight_NK = weight_NK.detach()
         if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
             raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
@@ -87,20 +89,21 @@ class Problem:
         return columns_K // self.group_size if self.group_size > 0 else torch.zeros_like(columns_K)
 
     def expand(self, values_NG: Tensor) -> Tensor:
-        return expand_groups(values_NG, like=self.weight_NK, group_size=self.group_size)
+        return columns_of_groups(values_NG, self.weight_NK.shape[1], self.group_size)
 
     def group_sums(self, values_NK: Tensor) -> Tensor:
         """Return the sums over each group, [..., G]."""
         K, size = values_NK.shape[-1], self.group_size
         if size < 0 or size >= K:
             return values_NK.sum(-1, keepdim=True)
-        padded = torch.nn.functional.pad(values_NK, (0, -K % size))
-        return padded.unflatten(-1, (-1, size)).sum(-1)
+        if K % size:
+            values_NK = torch.nn.functional.pad(values_NK, (0, -K % size))
+        return values_NK.unflatten(-1, (-1, size)).sum(-1)
 
     def errors_N(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
         """Return each row's error under the damped H."""
         off_NK = torch.addcmul(self.expand(zero_NG), self.expand(scale_NG), codes_NK) - self.weight_NK
-        return ((off_NK @ self.hessian32_KK) * off_NK).sum(1)
+        return quadratic_form_N(off_NK, self.hessian32_KK)
 
     def judged(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Quantised:
         return Quantised(codes_NK, scale_NG, zero_NG, self.errors_N(codes_NK, scale_NG, zero_NG))
@@ -125,6 +128,19 @@ class Problem:
     def _undamped_errors_N(self, found: Quantised) -> Tensor:
         off_NK = self.expand(found.zero_NG) + self.expand(found.scale_NG) * found.codes_NK - self.weight_NK
         return (found.errors_N.double() - DAMPING * off_NK.double().square().sum(1)).clamp_min(0)
+
+
+def quadratic_form_N(x_NK: Tensor, hessian_KK: Tensor) -> Tensor:
+    """Return x H x^T of each row, for a symmetric H: every pair of column blocks is multiplied once, not twice."""
+    K = len(hessian_KK)
+    total_N = torch.zeros_like(x_NK[:, 0])
+    for start in range(0, K, max(1, -(-K // FORM_BLOCKS))):
+        block = slice(start, min(start + -(-K // FORM_BLOCKS), K))
+        product_NC = x_NK[:, block] @ hessian_KK[block, block]
+        if start:
+            product_NC.addmm_(x_NK[:, :start], hessian_KK[:start, block], alpha=2)
+        total_N += product_NC.mul_(x_NK[:, block]).sum(1)
+    return total_N
 
 
 def _checked(hessian_KK: Tensor | None, weight_NK: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     """Return U_KK of H^-1 = U^T U, upper triangular, in float64. H is positive definite but for rounding."""
     mean = hessian_KK.diagonal().mean()
     for more in (1, 10, 100, 1000, 10000):
-        damped_KK = hessian_KK.flip(0, 1).clone()  # A with H = A A^T, upper triangular, is the factor of H turned around
+        # Turned around, the factor L of H = L L^T is an upper triangular A with H = A A^T, and U is A's inverse.
+        damped_KK = hessian_KK.flip(0, 1)
         damped_KK.diagonal().add_(EXTRA_DAMPING * more * mean)
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
         if not info.item():
