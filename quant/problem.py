@@ -66,9 +66,7 @@ class Problem:
         hessian_KK.diagonal().add_(DAMPING)
         weight_unit = weight_NK.double().square().mean().sqrt()
         weight_unit = torch.where(weight_unit > 0, weight_unit, 1.0)
-        return cls(
-            (weight_NK.double() / weight_unit).float(), hessian_KK, bits, group_size, weight_unit, hessian_unit
-        )
+        return cls((weight_NK.double() / weight_unit).float(), hessian_KK, bits, group_size, weight_unit, hessian_unit)
 
     @property
     def top(self) -> int:
