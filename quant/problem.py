@@ -45,8 +45,9 @@ class Problem:
     hessian_KK: Tensor  # float64, damped, of mean diagonal 1.01
     bits: int
     group_size: int
-    weight_unit: float | Tensor
-    hessian_unit: float | Tensor
+    weight_unit: Tensor
+    hessian_unit: Tensor
+    dead_K: Tensor  # columns that have had no input but zeros
 
     @classmethod
     def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
@@ -60,13 +61,15 @@ class Problem:
         if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
             raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
         hessian_KK = _checked(hessian_KK, weight_NK)
+        dead_K = hessian_KK.diagonal() == 0
         hessian_unit = hessian_KK.diagonal().mean()
         hessian_unit = torch.where(hessian_unit > 0, hessian_unit, 1.0)
         hessian_KK = hessian_KK / hessian_unit
         hessian_KK.diagonal().add_(DAMPING)
         weight_unit = weight_NK.double().square().mean().sqrt()
         weight_unit = torch.where(weight_unit > 0, weight_unit, 1.0)
-        return cls((weight_NK.double() / weight_unit).float(), hessian_KK, bits, group_size, weight_unit, hessian_unit)
+        weight_NK = (weight_NK.double() / weight_unit).float()
+        return cls(weight_NK, hessian_KK, bits, group_size, weight_unit, hessian_unit, dead_K)
 
     @property
     def top(self) -> int:
@@ -112,7 +115,9 @@ class Problem:
         return (((self.weight_NK - self.expand(zero_NG)) * inverse_NK) + 0.5).floor_().clamp_(0, self.top)
 
     def solution(self, found: Quantised) -> LayerSolution:
-        """Return the answer in the units of the weight and of H."""
+        """Return the answer in the units of weight and H, with the nearest codes where a column has no inputs."""
+        nearest_NK = self.nearest(found.scale_NG, found.zero_NG)
+        found = found._replace(codes_NK=torch.where(self.dead_K, nearest_NK, found.codes_NK))
         errors_N = self._undamped_errors_N(found) * (self.weight_unit**2 * self.hessian_unit)
         return LayerSolution(
             codes_NK=found.codes_NK.to(torch.uint8),
