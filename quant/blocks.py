@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..model.audio_llm import AudioLLM
 from ..model.speech_encoder import SpeechEncoder
-from .experts import fused_experts
+from .expert_layout import fused_experts
 
 
 class Start(NamedTuple):
