@@ -118,10 +118,10 @@ class PackedMatrices(Float32Buffers):
 class PackedExperts(nn.Module):
     """Stands for a fused experts module. `from_solutions` makes one; `empty` the place that a file is loaded into."""
 
-    def __init__(self, gate_up: nn.Module, down: nn.Module, *, activate: Callable[[Tensor], Tensor], experts: int):
+    def __init__(self, gate_up: PackedMatrices, down: PackedMatrices, *, activate: Callable[[Tensor], Tensor]):
         super().__init__()
         # Not gate_up_proj and down_proj: by those names transformers cuts tensors into one file entry per expert.
-        self.gate_up, self.down, self.activate, self.num_experts = gate_up, down, activate, experts
+        self.gate_up, self.down, self.activate = gate_up, down, activate
 
     @classmethod
     def from_solutions(
@@ -136,8 +136,7 @@ class PackedExperts(nn.Module):
 
         Its biases and what it does between the projections are kept; `name` is what an error calls it.
         """
-        layout = expert_layout(module, name=name)
-        made = {}
+        layout, made = expert_layout(module, name=name), {}
         for projection in PROJECTIONS:
             found = [tuple(solution.codes_NK.shape) for solution in solutions[projection]]
             if found != [layout.shapes[projection]] * layout.experts:
@@ -145,11 +144,15 @@ class PackedExperts(nn.Module):
                     f"{name}.{projection} has {len(found)} solutions of the shapes {sorted(set(found))}; "
                     f"{layout.experts} of {layout.shapes[projection]} are needed"
                 )
-            bias_EN = layout.bias_EN(module, projection)
             made[projection] = PackedMatrices.from_solutions(
-                solutions[projection], bias=bias_EN, scale_dtype=scale_dtype
+                solutions[projection], bias=layout.bias_EN(module, projection), scale_dtype=scale_dtype
             )
-        return cls(made[GATE_UP], made[DOWN], activate=activation_of(module), experts=layout.experts)
+        return cls.in_place_of(module, made)
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module, matrices: Mapping[str, PackedMatrices]) -> "PackedExperts":
+        """Join the matrices of "gate_up" and "down" by what `module` does between them."""
+        return cls(matrices[GATE_UP], matrices[DOWN], activate=activation_of(module))
 
     @classmethod
     def empty(
@@ -173,12 +176,12 @@ class PackedExperts(nn.Module):
                 bias=layout.bias_EN(module, projection),
                 device=device,
             )
-        return cls(made[GATE_UP], made[DOWN], activate=activation_of(module), experts=layout.experts)
+        return cls.in_place_of(module, made)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, shaped as hidden_states [n, D] and of their type."""
         n, k = top_k_index.shape
-        routing = route(top_k_index, experts=self.num_experts)
+        routing = route(top_k_index, experts=len(self.gate_up.codes))
         # Through [n, k, D], which costs no memory: gradients of a token are then summed in order as well.
         x_SD = as_computed(hidden_states)[:, None].expand(n, k, -1)[routing.tokens_S, routing.slots_S]
         y_SD = self.down(self.activate(self.gate_up(x_SD, routing)), routing)
