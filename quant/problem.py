@@ -1,0 +1,162 @@
+"""One layer's quantisation problem, checked and free of units.
+
+    minimise over codes, scale, zero   (w~ - w) H (w~ - w)^T   for each row w,   w~ = scale * code + zero
+
+H is damped by a hundredth of its mean diagonal, as decoupleQ does it, and all errors that solvers compare are those of
+the damped H. Weight and H are divided by their sizes first, so that no solver can depend on the units of weights or
+activations; `solution` multiplies them back.
+Shape letters: N rows (output channels), K columns (input channels), G groups in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .solution import LayerSolution, check_bits, columns_of_groups, group_count
+
+DAMPING = 0.01
+FORM_BLOCKS = 6
+ASYMMETRY = 1e-3  # relative to the largest entry; a second moment has none but rounding
+
+
+class Quantised(NamedTuple):
+    """A state of the search: whole-number codes_NK in float32, scale_NG, zero_NG and the damped errors_N."""
+
+    codes_NK: Tensor
+    scale_NG: Tensor
+    zero_NG: Tensor
+    errors_N: Tensor
+
+    def or_better(self, other: Quantised) -> Quantised:
+        """Return, row by row, whichever has the lower error; NaN never wins."""
+        better_N1 = (other.errors_N < self.errors_N)[:, None]
+        values = (torch.where(better_N1, b, a) for a, b in zip(self[:3], other[:3]))
+        return Quantised(*values, torch.where(better_N1[:, 0], other.errors_N, self.errors_N))
+
+
+@dataclass(frozen=True)
+class Problem:
+    weight_NK: Tensor  # float32, of root mean square 1
+    hessian_KK: Tensor  # float64, damped, of mean diagonal 1.01
+    bits: int
+    group_size: int
+    weight_unit: float | Tensor
+    hessian_unit: float | Tensor
+
+    @classmethod
+    def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
+        """Check and scale. Without a Hessian all columns count alike. ValueError names what is wrong."""
+        check_bits(bits)
+        if weight_NK.dim() != 2 or not weight_NK.numel():
+            raise ValueError(f"weight_NK has shape {tuple(weight_NK.shape)}; a linear layer's is [N, K]")
+        N, K = weight_NK.shape
+        group_count(K, group_size)  # refuses sizes that are none
+        weight_NK = weight_NK.detach()
+        if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
+            raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
+        hessian_KK = _checked(hessian_KK, weight_NK)
+        hessian_unit = hessian_KK.diagonal().mean()
+        hessian_unit = torch.where(hessian_unit > 0, hessian_unit, 1.0)
+        hessian_KK = hessian_KK / hessian_unit
+        hessian_KK.diagonal().add_(DAMPING)
+        weight_unit = weight_NK.double().square().mean().sqrt()
+        weight_unit = torch.where(weight_unit > 0, weight_unit, 1.0)
+        return cls((weight_NK.double() / weight_unit).float(), hessian_KK, bits, group_size, weight_unit, hessian_unit)
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return 2**self.bits - 1
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.weight_NK.shape[1], self.group_size)
+
+    @cached_property
+    def hessian32_KK(self) -> Tensor:
+        return self.hessian_KK.float()
+
+    @cached_property
+    def group_of_column_K(self) -> Tensor:
+        columns_K = torch.arange(self.weight_NK.shape[1], device=self.weight_NK.device)
+        return columns_K // self.group_size if self.group_size > 0 else torch.zeros_like(columns_K)
+
+    def expand(self, values_NG: Tensor) -> Tensor:
+        return columns_of_groups(values_NG, self.weight_NK.shape[1], self.group_size)
+
+    def group_sums(self, values_NK: Tensor) -> Tensor:
+        """Return the sums over each group, [..., G]."""
+        K, size = values_NK.shape[-1], self.group_size
+        if size < 0 or size >= K:
+            return values_NK.sum(-1, keepdim=True)
+        if K % size:
+            values_NK = torch.nn.functional.pad(values_NK, (0, -K % size))
+        return values_NK.unflatten(-1, (-1, size)).sum(-1)
+
+    def errors_N(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+        """Return each row's error under the damped H."""
+        off_NK = torch.addcmul(self.expand(zero_NG), self.expand(scale_NG), codes_NK) - self.weight_NK
+        return quadratic_form_N(off_NK, self.hessian32_KK)
+
+    def judged(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Quantised:
+        return Quantised(codes_NK, scale_NG, zero_NG, self.errors_N(codes_NK, scale_NG, zero_NG))
+
+    def nearest(self, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+        """Return codes_NK by rounding to nearest, ties up."""
+        inverse_NK = self.expand(torch.where(scale_NG == 0, 0.0, 1 / scale_NG))
+        return (((self.weight_NK - self.expand(zero_NG)) * inverse_NK) + 0.5).floor_().clamp_(0, self.top)
+
+    def solution(self, found: Quantised) -> LayerSolution:
+        """Return the answer in the units of the weight and of H."""
+        errors_N = self._undamped_errors_N(found) * (self.weight_unit**2 * self.hessian_unit)
+        return LayerSolution(
+            codes_NK=found.codes_NK.to(torch.uint8),
+            scale_NG=(found.scale_NG.double() * self.weight_unit).float(),
+            zero_NG=(found.zero_NG.double() * self.weight_unit).float(),
+            bits=self.bits,
+            group_size=self.group_size,
+            row_errors_N=errors_N,
+        )
+
+    def _undamped_errors_N(self, found: Quantised) -> Tensor:
+        off_NK = self.expand(found.zero_NG) + self.expand(found.scale_NG) * found.codes_NK - self.weight_NK
+        return (found.errors_N.double() - DAMPING * off_NK.double().square().sum(1)).clamp_min(0)
+
+
+def quadratic_form_N(x_NK: Tensor, hessian_KK: Tensor) -> Tensor:
+    """Return x H x^T of each row, for a symmetric H: every pair of column blocks is multiplied once, not twice."""
+    K = len(hessian_KK)
+    total_N = torch.zeros_like(x_NK[:, 0])
+    for start in range(0, K, max(1, -(-K // FORM_BLOCKS))):
+        block = slice(start, min(start + -(-K // FORM_BLOCKS), K))
+        product_NC = x_NK[:, block] @ hessian_KK[block, block]
+        if start:
+            product_NC.addmm_(x_NK[:, :start], hessian_KK[:start, block], alpha=2)
+        total_N += product_NC.mul_(x_NK[:, block]).sum(1)
+    return total_N
+
+
+def _checked(hessian_KK: Tensor | None, weight_NK: Tensor) -> Tensor:
+    """Return the Hessian symmetric in float64, on the weight's device."""
+    K = weight_NK.shape[1]
+    if hessian_KK is None:
+        return torch.eye(K, dtype=torch.float64, device=weight_NK.device)
+    if hessian_KK.shape != (K, K):
+        raise ValueError(f"hessian_KK has shape {tuple(hessian_KK.shape)}, and a weight of {K} columns needs {(K, K)}")
+    hessian_KK = hessian_KK.detach().to(weight_NK.device, torch.float64)
+    if not hessian_KK.isfinite().all():
+        raise ValueError(
+            f"hessian_KK ({K} x {K}) has NaN or infinite values: an activation was none; leave out the batch it is from"
+        )
+    diagonal_K = hessian_KK.diagonal()
+    if (lowest := diagonal_K.min().item()) < 0:
+        raise ValueError(f"hessian_KK has {lowest:g} on its diagonal; a second moment X^T X / n has no negative values")
+    asymmetry = (hessian_KK - hessian_KK.t()).abs().max().item()
+    if asymmetry > ASYMMETRY * hessian_KK.abs().max().item():
+        raise ValueError(f"hessian_KK is not symmetric (by {asymmetry:g}); a second moment X^T X / n is")
+    return (hessian_KK + hessian_KK.t()) / 2
