@@ -1,7 +1,7 @@
 """Calibration by streaming, against plain forward hooks on whole models.
 
-What a module is calibrated on is what the finished model sends it: everything before it is quantised, nothing behind it
-matters. So hooks on the finished model see the very inputs, whose numpy moments must be those that the solver was given.
+What a module is calibrated on is what the finished model sends it: everything before it is quantised, and nothing
+behind it matters. So hooks on the finished model see the very inputs, whose numpy moments must be those that the solver was given.
 Shape letters: N output channels, K input channels, B, T batch and positions.
 """
 
@@ -10,14 +10,22 @@ import copy
 import numpy as np
 import pytest
 import torch
-from streamed_models import GridSolver, as_batches, make_llm, make_recogniser, put_on_grid, speech_batches, token_batches
+from streamed_models import (
+    GridSolver,
+    make_llm,
+    make_recogniser,
+    put_on_grid,
+    reader,
+    speech_batches,
+    token_batches,
+)
 from torch import nn
 
+from seedling.quant.block_input import BlockInput
 from seedling.quant.blocks import decoder_layers, parts_of, quantisable
 from seedling.quant.calibration import Calibration, CalibrationConfig
 from seedling.quant.linear import PackedLinear
 from seedling.quant.shared_inputs import input_groups
-from seedling.quant.block_input import BlockInput
 from seedling.quant.targets import Target
 
 DENSE = ["llama", "qwen2", "qwen3", "gemma2"]
@@ -35,7 +43,7 @@ def quantise(model, batches, tmp_path, *, targets=None, solver=None, cfg=None, *
     calibration = Calibration(
         model, solve=solver, folder=tmp_path / "activations", cfg=cfg or CalibrationConfig(), **arguments
     )
-    reports = calibration.run(parts_of(model), as_batches(batches), targets=targets or all_targets(model))
+    reports = calibration.run(parts_of(model), reader(batches), targets=targets or all_targets(model))
     return solver, {one.name: one for report in reports for one in report.modules}
 
 
@@ -47,7 +55,7 @@ def call(model, batch):
 
 
 def hooked_moments(model, names, batches):
-    """{module: X^T X / n} in numpy, over inputs that whole forward passes send it; padding by the model's own lengths."""
+    """{module: (X^T X / n, n)} in numpy, over what whole forward passes send it; padding by the model's own lengths."""
     seen: dict[str, list] = {name: [] for name in names}
     masks = {name: [valid(model, batch, name) for batch in batches] for name in names}
 
@@ -169,7 +177,7 @@ def test_all_at_once_takes_every_h_of_a_block_on_its_full_precision_form(tmp_pat
     model, batches = make_llm("llama"), token_batches()
     whole = copy.deepcopy(model)
     first = [name for name in all_targets(model) if ".layers.0." in name]
-    solver, reports = quantise(model, batches, tmp_path, cfg=CalibrationConfig(true_sequential=False))
+    solver, _ = quantise(model, batches, tmp_path, cfg=CalibrationConfig(true_sequential=False))
     plain = hooked_moments(whole, first, batches)
     for name in first:
         at = next(i for i, (w, _) in enumerate(solver.asked) if same(w, whole.get_submodule(name).weight))
@@ -211,7 +219,9 @@ def test_only_what_is_asked_for_is_quantised(tmp_path):
 def test_fewer_tokens_than_inputs_is_said(tmp_path, caplog):
     model = make_llm("llama")
     quantise(model, token_batches(1), tmp_path)
-    assert "fewer than its 32 inputs" in caplog.text and "self_attn.q_proj, model.layers.0.self_attn.k_proj" in caplog.text
+    assert (
+        "fewer than its 32 inputs" in caplog.text and "self_attn.q_proj, model.layers.0.self_attn.k_proj" in caplog.text
+    )
 
 
 def test_activations_that_are_not_finite_are_one_error_that_names_module_and_batch(tmp_path):
