@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .activations import StoredInputs
 from .block_moments import block_moments, shared_groups
 from .blocks import Part, quantisable
 from .expert_inputs import ReplayedCalls

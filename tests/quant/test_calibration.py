@@ -1,7 +1,8 @@
 """Calibration by streaming, against plain forward hooks on whole models.
 
 What a module is calibrated on is what the finished model sends it: everything before it is quantised, and nothing
-behind it matters. So hooks on the finished model see the very inputs, whose numpy moments must be those that the solver was given.
+behind it matters. So hooks on the finished model see the very inputs, whose numpy moments must be those that the solver
+was given.
 Shape letters: N output channels, K input channels, B, T batch and positions.
 """
 
