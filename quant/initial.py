@@ -127,5 +127,5 @@ def _diagonal_blocks(problem: Problem) -> Tensor:
     for g in range(problem.groups):
         columns = slice(g * size, min((g + 1) * size, K))
         width = columns.stop - columns.start
-        blocks[g, :width, :width] = problem.hessian32_KK[columns, columns]
+        blocks[g, :width, :width] = problem.hessian_KK[columns, columns]
     return blocks

@@ -8,8 +8,8 @@ Shape letters: N output channels, K input channels, G groups per row, k the colu
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,31 +74,33 @@ def stored_scale_zero(scale_NG: Tensor, zero_NG: Tensor, scale_dtype: torch.dtyp
         raise ValueError(
             f"a group has scale {scale:.4g} and zero {zero:.4g}, which {scale_dtype} cannot hold: {way_out}"
         )
-    return stored_GN2
+    return stored_GN2 + 0.0  # no minus zero: what is added to it when nothing has been trained would change its bits
 
 
-def dequantise_columns(
-    packed: Tensor, scale_NG: Tensor, zero_NG: Tensor, layout: Layout, first: int, last: int
-) -> Tensor:
-    """Return w_kN of a tile: scale * code + zero in the type of the scales."""
+def codes_of(packed: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+    """Return codes_kN of a tile, uint8."""
     _, K, bits, group_size = layout
-    codes_kN = unpack_columns(packed, first, last, K=K, bits=bits, group_size=group_size)
+    return unpack_columns(packed, first, last, K=K, bits=bits, group_size=group_size)
+
+
+def scaled(codes_kN: Tensor, scale_NG: Tensor, zero_NG: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+    """Return w_kN of a tile: scale * code + zero, in the type of the scales, which is also that of codes_kN."""
     groups = layout.groups(first, last)
-    scale_kN, zero_kN = (_per_column(values[:, groups].T, last - first, group_size) for values in (scale_NG, zero_NG))
-    return codes_kN.to(scale_NG.dtype).mul_(scale_kN).add_(zero_kN)
-
-
-def _per_column(values_GN: Tensor, k: int, group_size: int) -> Tensor:
-    if len(values_GN) == 1:
-        return values_GN
-    return values_GN.repeat_interleave(group_size, dim=0)[:k]
+    scale_kN, zero_kN = (
+        values_NG[:, groups].T
+        if groups.stop - groups.start == 1
+        else values_NG[:, groups].T.repeat_interleave(layout.group_size, dim=0)[: last - first]
+        for values_NG in (scale_NG, zero_NG)
+    )
+    return codes_kN.mul(scale_kN).add_(zero_kN)
 
 
 def dequantise(packed: Tensor, scale_NG: Tensor, zero_NG: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return w_NK: scale * code + zero in the type of the scales, then rounded to `dtype`, tile by tile."""
     weight_NK = torch.empty(layout.N, layout.K, dtype=dtype, device=packed.device)
     for first, last in layout.tiles():
-        weight_NK[:, first:last] = dequantise_columns(packed, scale_NG, zero_NG, layout, first, last).T
+        codes_kN = codes_of(packed, layout, first, last).to(scale_NG.dtype)
+        weight_NK[:, first:last] = scaled(codes_kN, scale_NG, zero_NG, layout, first, last).T
     return weight_NK
 
 
@@ -106,6 +108,31 @@ def as_computed(x: Tensor) -> Tensor:
     """Return x in the type that a linear layer would multiply in here: autocast's, if there is one."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def form_of(layout: Layout, *, scale_zero: Tensor) -> dict[str, Any]:
+    """Return the form of a packed matrix as JSON has it; those of E experts have shape [E, N, K]."""
+    return {
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "scale_dtype": str(scale_zero.dtype).removeprefix("torch."),
+        "shape": [*scale_zero.shape[:-3], layout.N, layout.K],
+    }
+
+
+def layout_of(form: Mapping[str, Any], *, name: str) -> Layout:
+    """Return the layout of one matrix of this form; ValueError, naming the module, where it has no packed form."""
+    try:
+        layout = Layout(*form["shape"][-2:], form["bits"], form["group_size"])
+        packed_rows(layout.K, bits=layout.bits, group_size=layout.group_size)
+        SCALE_DTYPES[form["scale_dtype"]]
+    except KeyError as error:
+        raise ValueError(
+            f"{name}: its form in quantization_config lacks or does not know {error}: {dict(form)}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return layout
 
 
 class PackedLinear(Float32Buffers):
@@ -146,6 +173,23 @@ class PackedLinear(Float32Buffers):
             scale_zero=torch.empty(layout.G, layout.N, 2, dtype=scale_dtype, device=device),
             bias=bias,
         )
+
+    def matrices(self) -> dict[str, dict[str, Any]]:
+        """Return what config.json says about this layer; see packed_model.PackedModule."""
+        return {"": form_of(self.layout, scale_zero=self.scale_zero)}
+
+    @classmethod
+    def place_for(cls, module: nn.Module, forms: Mapping[str, Mapping[str, Any]], *, name: str) -> "PackedLinear":
+        """Return a place for a file's values that stands for `module`; ValueError where that is no such nn.Linear."""
+        form = forms[""]
+        layout = layout_of(form, name=name)
+        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != (layout.N, layout.K):
+            raise ValueError(
+                f"{name} is packed as a linear layer [{layout.N}, {layout.K}], and the model has "
+                f"{type(module).__name__}({module.extra_repr()}) there; config.json does not belong to these weights"
+            )
+        device = module.weight.device
+        return cls.empty(layout, scale_dtype=SCALE_DTYPES[form["scale_dtype"]], bias=module.bias, device=device)
 
     @property
     def in_features(self) -> int:
