@@ -46,14 +46,9 @@ class Problem:
     hessian_KK: Tensor  # float32, symmetric, damped, of mean diagonal 1.01
     bits: int
     group_size: int
-<<<<<<< HEAD
-    weight_unit: Tensor
-    hessian_unit: Tensor
-    dead_K: Tensor  # columns that have had no input but zeros
-=======
     unit_N: Tensor  # float64, root mean square of each row
     hessian_unit: Tensor
->>>>>>> q_calib
+    dead_K: Tensor  # columns that have had no input but zeros
 
     @classmethod
     def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
@@ -66,25 +61,14 @@ class Problem:
         weight_NK = weight_NK.detach()
         if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
             raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
-<<<<<<< HEAD
-        hessian_KK = _checked(hessian_KK, weight_NK)
-        dead_K = hessian_KK.diagonal() == 0
-        hessian_unit = hessian_KK.diagonal().mean()
-        hessian_unit = torch.where(hessian_unit > 0, hessian_unit, 1.0)
-        hessian_KK = hessian_KK / hessian_unit
-        hessian_KK.diagonal().add_(DAMPING)
-        weight_unit = weight_NK.double().square().mean().sqrt()
-        weight_unit = torch.where(weight_unit > 0, weight_unit, 1.0)
-        weight_NK = (weight_NK.double() / weight_unit).float()
-        return cls(weight_NK, hessian_KK, bits, group_size, weight_unit, hessian_unit, dead_K)
-=======
         unit_N = torch.linalg.vector_norm(weight_NK, dim=1, dtype=torch.float64) / K**0.5
         unit_N = torch.where(unit_N > 0, unit_N, 1.0)
         hessian_KK, hessian_unit = _scaled_hessian(hessian_KK, weight_NK)
+        dead_K = hessian_KK.diagonal() == 0
+        hessian_KK.diagonal().add_(DAMPING)
         scaled_NK = torch.empty(N, K, device=weight_NK.device)
         torch.div(weight_NK, unit_N[:, None], out=scaled_NK)
-        return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit)
->>>>>>> q_calib
+        return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit, dead_K)
 
     @property
     def top(self) -> int:
@@ -130,17 +114,11 @@ class Problem:
         return (self.weight_NK - self.expand(zero_NG)).mul_(inverse_NK).add_(0.5).clamp_(0, self.top).to(torch.uint8)
 
     def solution(self, found: Quantised) -> LayerSolution:
-<<<<<<< HEAD
         """Return the answer in the units of weight and H, with the nearest codes where a column has no inputs."""
-        nearest_NK = self.nearest(found.scale_NG, found.zero_NG)
-        found = found._replace(codes_NK=torch.where(self.dead_K, nearest_NK, found.codes_NK))
-        errors_N = self._undamped_errors_N(found) * (self.weight_unit**2 * self.hessian_unit)
-=======
-        """Return the answer in the units of the weight and of H."""
         errors_N = self._undamped_errors_N(found) * (self.unit_N**2 * self.hessian_unit)
->>>>>>> q_calib
+        nearest_NK = self.nearest(found.scale_NG, found.zero_NG)
         return LayerSolution(
-            codes_NK=found.codes_NK,
+            codes_NK=torch.where(self.dead_K, nearest_NK, found.codes_NK),
             scale_NG=(found.scale_NG * self.unit_N[:, None]).float(),
             zero_NG=(found.zero_NG * self.unit_N[:, None]).float(),
             bits=self.bits,
@@ -167,10 +145,10 @@ def quadratic_form_N(x_NK: Tensor, hessian_KK: Tensor) -> Tensor:
 
 
 def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the checked Hessian, symmetric, divided by its mean diagonal and damped, in float32; and that mean."""
+    """Return the checked Hessian, symmetric, divided by its mean diagonal, in float32; and that mean."""
     K, device = weight_NK.shape[1], weight_NK.device
     if hessian_KK is None:
-        return torch.eye(K, device=device) * (1 + DAMPING), torch.ones((), dtype=torch.float64, device=device)
+        return torch.eye(K, device=device), torch.ones((), dtype=torch.float64, device=device)
     if hessian_KK.shape != (K, K):
         raise ValueError(f"hessian_KK has shape {tuple(hessian_KK.shape)}, and a weight of {K} columns needs {(K, K)}")
     hessian_KK = hessian_KK.detach().to(device)
@@ -193,5 +171,4 @@ def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tenso
         raise ValueError(f"hessian_KK has {lowest:g} on its diagonal; a second moment X^T X / n has no negative values")
     if asymmetry > ASYMMETRY * largest.item():
         raise ValueError(f"hessian_KK is not symmetric (by {asymmetry:g}); a second moment X^T X / n is")
-    scaled_KK.diagonal().add_(DAMPING)
     return scaled_KK, mean
