@@ -154,7 +154,8 @@ def choose_bits(
 ) -> dict[str, int]:
     """Return the bits of each module, so that stored bits per weight are at most `budget` on the average.
 
-    Each has one of `candidates`; modules in `fixed` keep theirs, which count as well. ValueError where even the fewest bits cost more.
+    Each has one of `candidates`; modules in `fixed` keep theirs, which count as well. ValueError where even the fewest
+    bits cost more.
     """
     weights, fixed = sum(one.weights for one in measured), fixed or {}
     chosen = {one.name: fixed.get(one.name, min(candidates)) for one in measured}
