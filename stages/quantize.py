@@ -208,10 +208,8 @@ class Quantize:
             errors = [one.error for one in block.modules if one.error is not None]
             refined = block.refinement
             after = f", refined {refined['before']:.4f} -> {refined['after']:.4f}" if refined else ""
-            print(
-                f"{block.name}: {len(block.modules)} modules, largest error {max(errors, default=0):.4f}{after}",
-                flush=True,
-            )
+            said = f"{block.name}: {len(block.modules)} modules, largest error {max(errors, default=0):.4f}"
+            print(said + after, flush=True)
 
 
 def wanted_targets(cfg: QuantizeConfig, model: AudioLLM, parts: list[Part]) -> dict[str, Target]:
