@@ -12,6 +12,8 @@ from typing import Any
 
 ZERO_STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+# autocast: weights in fp32, matrix products in bf16. For the few and fine ones, as scales: bf16 has 8 bits.
+TRAINING_PRECISIONS = (*PRECISIONS, "autocast")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 RESUME_MODES = ("auto", "never")
@@ -73,7 +75,7 @@ class TrainConfig:
 
     def __post_init__(self):
         require_choice("train.zero_stage", self.zero_stage, ZERO_STAGES)
-        require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.precision", self.precision, TRAINING_PRECISIONS)
         require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("train.schedule", self.schedule, SCHEDULES)
         require_choice("train.resume", self.resume, RESUME_MODES)
