@@ -28,9 +28,7 @@ def token_kl(teacher_NV: Tensor, student_NV: Tensor, *, temperature: float = 1.0
 def relative_frame_error(teacher_BTD: Tensor, student_BTD: Tensor, lengths_B: Tensor) -> Tensor:
     """Return error_B, |student - teacher|^2 / |teacher|^2 over an utterance's valid frames, float32."""
     if teacher_BTD.shape != student_BTD.shape:
-        raise ValueError(
-            f"the teacher's frames are {list(teacher_BTD.shape)}, the student's {list(student_BTD.shape)}"
-        )
+        raise ValueError(f"the teacher's frames are {list(teacher_BTD.shape)}, the student's {list(student_BTD.shape)}")
     valid_BT1 = valid_frames(lengths_B, teacher_BTD.shape[1])
     teacher_BTD = teacher_BTD.detach().float() * valid_BT1
     apart_B = ((student_BTD.float() * valid_BT1 - teacher_BTD) ** 2).sum((1, 2))
