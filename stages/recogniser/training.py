@@ -87,6 +87,7 @@ class RecogniserTraining:
     """Cross-entropy of the transcript given the prompt, plus an optional CTC loss on the encoder."""
 
     produces = "acllm"
+    takes_packed = False  # a recogniser whose weights are integers
     cfg: RecogniserConfig
     sample_rate: int
 
@@ -104,6 +105,11 @@ class RecogniserTraining:
         Shapes, features and prompts are the recogniser's. Where cfg asks for others, that is a ValueError.
         """
         config = _continued_config(cfg, AudioLLMConfig.from_pretrained(acllm.path), path=acllm.path)
+        if getattr(config, "quantization_config", None) and not self.takes_packed:
+            raise ValueError(
+                f"{acllm.path} is packed, its weights are integers, and stage {cfg.stage} would train what is left; give "
+                "the recogniser that was quantised, or train the scales with stage quant_finetune"
+            )
         self.sample_rate = config.feature_config["sample_rate"]
         if not on_meta():
             model = AudioLLM.from_pretrained(acllm.path, config=config, dtype=llm_dtype(cfg))
