@@ -3,14 +3,14 @@
 `import seedling` must not cost the seconds that torch and transformers take, yet `AutoModel.from_pretrained(artifact)`
 must work whichever is imported first. So `register_lazily()` registers at once where transformers' Auto modules are
 loaded, and otherwise waits for them: a finder on `sys.meta_path` that finds nothing itself, and runs the registration
-when one of three named modules has just been executed. It removes itself when all three are through.
+when one of the named modules has just been executed. It removes itself when all are through.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 
@@ -59,10 +59,13 @@ def register() -> None:
         registration()
 
 
-def register_lazily() -> None:
-    """Register each class when the Auto module that takes it is, or has been, imported."""
+def register_lazily(others: Mapping[str, Callable[[], None]]) -> None:
+    """Register each class when the Auto module that takes it is, or has been, imported.
+
+    `others` are registrations of other folders by the module that they wait for, as REGISTRATIONS are.
+    """
     waiting = {}
-    for name, registration in REGISTRATIONS.items():
+    for name, registration in {**REGISTRATIONS, **others}.items():
         if name in sys.modules:
             registration()
         else:

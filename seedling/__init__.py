@@ -10,8 +10,16 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
 
-# AutoModel, AutoConfig and AutoProcessor know acllm artifacts from here on; nothing heavy is imported yet.
-register_lazily()
+
+def _register_packed() -> None:
+    from .quant.hf import register
+
+    register()
+
+
+# AutoModel, AutoConfig and AutoProcessor know acllm artifacts from here on, and from_pretrained knows packed weights;
+# nothing heavy is imported yet.
+register_lazily({"transformers.quantizers.auto": _register_packed})
 
 
 def __getattr__(name: str):

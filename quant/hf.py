@@ -1,0 +1,146 @@
+"""Packed models as Hugging Face folders: `quantization_config` in config.json, and who reads it.
+
+`declare_packed(model)` writes into the model's config which matrices are packed and how; save_pretrained then needs
+nothing else. from_pretrained finds the method "decoupleq" among transformers' quantizers, puts a packed module in the
+place of each that the config names, and loads their tensors as they are: codes and scales keep their types whatever
+`dtype` is asked for, which everything else follows.
+
+    "quantization_config": {
+      "quant_method": "decoupleq", "version": 1,
+      "matrices": {"llm.model.layers.0.self_attn.q_proj":
+                   {"bits": 2, "group_size": 64, "scale_dtype": "bfloat16", "shape": [N, K]}, ...}}
+
+A matrix of shape [E, N, K] is one projection of a module of experts, which its name ends with. Padding, spans and the
+order of planes follow from bits and group size; quant/packing.py states them, and `version` counts its changes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packed_model import KINDS, forms, packed_modules, replace_module, tuned_modules
+
+METHOD = "decoupleq"
+VERSION = 1
+
+
+class DecoupleQConfig(QuantizationConfigMixin):
+    """Which matrices of a model are packed, and how."""
+
+    def __init__(self, *, version: int = VERSION, matrices: Mapping[str, dict] | None = None, **others: Any):
+        others.pop("quant_method", None)
+        if version != VERSION:
+            raise ValueError(
+                f"quantization_config.version is {version}, this version of seedling reads packed weights of version "
+                f"{VERSION}; update seedling, or pack the model again"
+            )
+        if others:
+            raise ValueError(
+                f"quantization_config.{min(others)}={others[min(others)]!r} is unknown in version {version}"
+            )
+        self.quant_method = METHOD
+        self.version = version
+        self.matrices = dict(matrices or {})
+
+    def modules(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the forms of the matrices of each module, by their names below it."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, form in self.matrices.items():
+            module, inner = name, ""
+            if len(form.get("shape", ())) == 3:
+                module, _, inner = name.rpartition(".")
+            found.setdefault(module, {})[inner] = form
+        return found
+
+
+class DecoupleQQuantizer(HfQuantizer):
+    """Lets from_pretrained build and fill packed modules."""
+
+    requires_calibration = True  # from_pretrained cannot pack a model: stage quantize does
+
+    def _process_model_before_weight_loading(self, model, **_):
+        place_packed(model, self.quantization_config)
+
+    def get_new_dtype(self, converter, param, dtype):
+        """Keep scales as they are in the file: a part kept in float32 would have them in float32."""
+        if any(target.endswith("scale_zero") for target in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model, **_):
+        freeze_packed(model)
+        # transformers would save the state dict of a model that has its quantizer, and ignore the one it is given
+        # (gathered from ranks). The config says all that a packed model's folder needs.
+        del model.hf_quantizer
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def place_packed(model: torch.nn.Module, config: DecoupleQConfig) -> None:
+    """Put packed modules of undefined values where the config names them, on the device of those they replace."""
+    for name, inner in config.modules().items():
+        experts = any(len(form.get("shape", ())) == 3 for form in inner.values())
+        kind = KINDS.get("experts" if experts else "linear")
+        if kind is None:
+            raise ValueError(f"{name} holds packed experts, which this version of seedling cannot read; update it")
+        try:
+            before = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"quantization_config names {name}, which {type(model).__name__} does not have; config.json does not "
+                "belong to this model"
+            ) from None
+        replace_module(model, name, kind.packed.place_for(before, inner, name=name))
+
+
+def freeze_packed(model: torch.nn.Module) -> None:
+    """Freeze the biases of packed modules, as they are when packed: loading makes parameters anew."""
+    for module in packed_modules(model).values():
+        module.requires_grad_(False)
+
+
+def declare_packed(model: Any) -> None:
+    """Write into a Hugging Face model's config what is packed, so that save_pretrained writes a folder that loads.
+
+    ValueError where nothing is packed, or where scales are still being trained (packed_model.fold).
+    """
+    if tuned := tuned_modules(model):
+        raise ValueError(f"{min(tuned)} is in its trainable form, which no folder holds; fold the model before saving")
+    matrices = forms(model)
+    if not matrices:
+        raise ValueError(f"{type(model).__name__} has no packed module to declare; quantise some first")
+    for module in model.modules():
+        # A part that was loaded as a packed model of its own: names are those of the whole from here on.
+        if hasattr(module, "config") and getattr(module.config, "quantization_config", None) is not None:
+            del module.config.quantization_config
+    head = model.get_output_embeddings()
+    if any(head is module for module in packed_modules(model).values()):
+        _untie(model)
+    model.config.quantization_config = DecoupleQConfig(matrices=matrices)
+
+
+def _untie(model: Any) -> None:
+    """Say that the head has a weight of its own: loading would put the token embeddings into it."""
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = {}
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False
+
+
+def register() -> None:
+    """Make from_pretrained read packed folders. Doing it again changes nothing."""
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(DecoupleQConfig)
+        auto.register_quantizer(METHOD)(DecoupleQQuantizer)
