@@ -27,9 +27,10 @@ from ..model.audio_llm import AudioLLM, AudioLLMOutput
 from ..model.augment import SpecAugmentConfig
 from ..model.conformer import ConformerConfig
 from ..model.distillation import relative_frame_error, token_kl
+from ..quant.hf import DecoupleQConfig, declare_packed, place_packed
 from ..quant.packed_model import codes_hash, fold, model_storage, packed_modules, tune, tuned_modules
 from .recogniser.contextual import ContextualConfig, ContextualTraining
-from .recogniser.training import Prompts
+from .recogniser.training import Prompts, RecogniserConfig
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .runtime.metrics import Metrics
 from .runtime.stage import StepOutput, on_meta, only_shapes
@@ -113,6 +114,12 @@ class QuantFinetune(ContextualTraining):
         tune(model)
         self.groups = self._groups(cfg, model)
         self.teacher = self._teacher(cfg, inputs, student=model) if distils else None
+        return model
+
+    def go_on(self, cfg: RecogniserConfig, acllm: Artifact) -> AudioLLM:
+        model = super().go_on(cfg, acllm)
+        if on_meta() and (form := getattr(model.config, "quantization_config", None)):
+            place_packed(model, DecoupleQConfig(**form))  # what loading does
         return model
 
     # ---- who teaches
@@ -225,11 +232,12 @@ class QuantFinetune(ContextualTraining):
                 )
         writer.metrics = writer.metrics | moved(tuned, packed)
         writer.metrics["quant/bits_per_weight"] = model_storage(model).bits_per_weight
+        declare_packed(model)
         super().export(model, writer)
 
 
 def moved(tuned: dict[str, Any], packed: dict[str, Any]) -> dict[str, float]:
-    """Return how far training has moved scales, relatively, and what 16 bits move them and zeros, in units of scales."""
+    """Return how far training has moved scales, relatively, and what rounding moves them and zeros, in scales."""
     changes, roundings = [], []
     for name, module in tuned.items():
         changes += [(p - 1).abs() for own, p in module.named_parameters() if own.startswith(SCALES[0])]

@@ -107,8 +107,8 @@ class RecogniserTraining:
         config = _continued_config(cfg, AudioLLMConfig.from_pretrained(acllm.path), path=acllm.path)
         if getattr(config, "quantization_config", None) and not self.takes_packed:
             raise ValueError(
-                f"{acllm.path} is packed, its weights are integers, and stage {cfg.stage} would train what is left; give "
-                "the recogniser that was quantised, or train the scales with stage quant_finetune"
+                f"{acllm.path} is packed, its weights are integers, and stage {cfg.stage} would train what is left; "
+                "give the recogniser that was quantised, or train the scales with stage quant_finetune"
             )
         self.sample_rate = config.feature_config["sample_rate"]
         if not on_meta():

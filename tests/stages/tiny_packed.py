@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seedling.model.audio_llm import AudioLLM, acllm_facts
+from seedling.quant.hf import declare_packed
 from seedling.quant.linear import PackedLinear
 from seedling.quant.packed_model import replace_module
 from seedling.quant.solution import LayerSolution
@@ -49,6 +50,7 @@ def make_packed(folder: Path, acllm: Path, **settings) -> Path:
     pack_layers(model, **settings)
     inputs = {"acllm": load_artifact(acllm)}
     writer = ArtifactWriter(folder / "artifact", kind="acllm", stage="quantize", inputs=inputs).start()
+    declare_packed(model)
     model.save_pretrained(writer.path)
     writer.facts |= acllm_facts(model)
     return writer.finish().path

@@ -104,8 +104,7 @@ CONTEXT_SFT = {
 }
 QUANT_FINETUNE = {
     "ctc_weight": 0.5,
-    "train": SFT["train"]
-    | {"lr": {"scales": 1e-2, "norms": 3e-3, "biases": 3e-3, "converter": 1e-3, "ctc_head": 1e-3, "llm": 1e-3}},
+    "train": SFT["train"] | {"lr": {"scales": 1e-2, "norms": 3e-3, "biases": 3e-3}},
 }
 # To learn a corpus by heart: nothing random in the way, and a third of it in every step.
 BY_HEART = (
