@@ -110,7 +110,7 @@ class QuantFinetune(ContextualTraining):
                 f"{inputs['acllm'].path} holds no packed weights: run stage quantize on it first; the control, the "
                 "same fine-tuning of the unpacked recogniser, is stage context_sft, or sft where there are no contexts"
             )
-        self.codes = {name: codes_hash(module) for name, module in packed.items()}
+        self.codes = {} if on_meta() else {name: codes_hash(module) for name, module in packed.items()}
         tune(model)
         self.groups = self._groups(cfg, model)
         self.teacher = self._teacher(cfg, inputs, student=model) if distils else None
@@ -157,8 +157,7 @@ class QuantFinetune(ContextualTraining):
 
     def _groups(self, cfg: QuantFinetuneConfig, model: AudioLLM) -> dict[str, str]:
         """Return {parameter name: group} of what learns."""
-        tuned = set(self.codes)
-        groups = {}
+        tuned, groups = tuned_modules(model), {}
         for owner_name, owner in model.named_modules():
             for own, _ in owner.named_parameters(recurse=False):
                 name = f"{owner_name}.{own}"

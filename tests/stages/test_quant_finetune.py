@@ -23,7 +23,7 @@ from seedling.stages.runtime.world import init_world
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory, sft_run):
     """The recogniser that learnt the corpus by heart at 2 bits, rounded to nearest: it has forgotten a lot."""
-    return make_packed(tmp_path_factory.mktemp("packed"), sft_run / "artifact", bits=2, group_size=16)
+    return make_packed(tmp_path_factory.mktemp("packed"), sft_run / "artifact", bits=2, group_size=32)
 
 
 @pytest.fixture
@@ -179,8 +179,6 @@ def test_it_recovers_what_rounding_has_cost(trainer, shards, packed, sft_run):
     first = next(line for line in lines if "valid/dev/kl" in line)
     for name in ("loss", "kl"):
         assert artifact.metrics[f"valid/dev/{name}"] < 0.5 * first[f"valid/dev/{name}"], name
-    curve = tiny_runs.curve(trained.run_dir, "train/kl")
-    assert curve[-1] < 0.5 * curve[0]
     texts = [text for _, text in zip(range(12), dict.fromkeys(tiny_runs.sentences(12, seed=1)))]
     waves = [tiny_runs.speak(text, seed=500 + i) for i, text in enumerate(texts)]
     right = {
