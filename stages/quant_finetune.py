@@ -17,7 +17,6 @@ Shape letters: B utterances, N target tokens, V vocabulary.
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ from ..model.augment import SpecAugmentConfig
 from ..model.conformer import ConformerConfig
 from ..model.distillation import relative_frame_error, token_kl
 from ..quant.hf import DecoupleQConfig, declare_packed, place_packed
-from ..quant.packed_model import codes_hash, fold, model_storage, packed_modules, tune, tuned_modules
+from ..quant.packed_model import codes_hash, fold, model_storage, packed_modules, tune
+from ..quant.trained_scales import SCALES, TrainedScales, tuned_matrices
 from .recogniser.contextual import ContextualConfig, ContextualTraining
 from .recogniser.training import Prompts, RecogniserConfig
 from .runtime.artifacts import Artifact, ArtifactSpec, ArtifactWriter
@@ -36,7 +36,6 @@ from .runtime.metrics import Metrics
 from .runtime.stage import StepOutput, on_meta, only_shapes
 from .runtime.train_config import TrainConfig
 
-SCALES = ("scale_ratio", "centre_shift")  # how quant/tuned.py names what it trains of a matrix
 AGREEING = ("tokenizer", "prompts", "feature_fingerprint")  # facts that a teacher shares with its student
 
 
@@ -157,7 +156,7 @@ class QuantFinetune(ContextualTraining):
 
     def _groups(self, cfg: QuantFinetuneConfig, model: AudioLLM) -> dict[str, str]:
         """Return {parameter name: group} of what learns."""
-        tuned, groups = tuned_modules(model), {}
+        tuned, groups = tuned_matrices(model), {}
         for owner_name, owner in model.named_modules():
             for own, _ in owner.named_parameters(recurse=False):
                 name = f"{owner_name}.{own}"
@@ -220,7 +219,7 @@ class QuantFinetune(ContextualTraining):
     @torch.no_grad()
     def export(self, model: AudioLLM, writer: ArtifactWriter) -> None:
         """Fold the scales back and write the packed recogniser; ValueError where an integer is not what it was."""
-        tuned = tuned_modules(model)
+        trained = TrainedScales.of(model)
         fold(model)
         packed = packed_modules(model)
         for name, before in self.codes.items():
@@ -229,25 +228,7 @@ class QuantFinetune(ContextualTraining):
                     f"the integers of {name} are not those of {writer.inputs['acllm'].path} any more; delete the run's "
                     "checkpoints and train again"
                 )
-        writer.metrics = writer.metrics | moved(tuned, packed)
+        writer.metrics = writer.metrics | {f"quant/{name}": value for name, value in trained.moved(model).items()}
         writer.metrics["quant/bits_per_weight"] = model_storage(model).bits_per_weight
         declare_packed(model)
         super().export(model, writer)
-
-
-def moved(tuned: dict[str, Any], packed: dict[str, Any]) -> dict[str, float]:
-    """Return how far training has moved scales, relatively, and what rounding moves them and zeros, in scales."""
-    changes, roundings = [], []
-    for name, module in tuned.items():
-        changes += [(p - 1).abs() for own, p in module.named_parameters() if own.startswith(SCALES[0])]
-        scale_NG, zero_NG = module.scale_and_zero()
-        unit_NG = scale_NG.abs().clamp_min(torch.finfo(torch.float32).tiny)
-        roundings += [(scale_NG - packed[name].scale_NG()).abs() / unit_NG]
-        roundings += [(zero_NG - packed[name].zero_NG()).abs() / unit_NG]
-    change, rounding = (torch.cat([part.flatten() for part in parts]) for parts in (changes, roundings))
-    return {
-        "quant/scale_change_mean": float(change.mean()),
-        "quant/scale_change_max": float(change.max()),
-        "quant/rounding_mean": float(rounding.mean()),
-        "quant/rounding_max": float(rounding.max()),
-    }
