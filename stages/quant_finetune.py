@@ -164,7 +164,7 @@ class QuantFinetune(ContextualTraining):
                     groups[name] = "scales"
                 elif owner_name in tuned and cfg.train_biases:
                     groups[name] = "biases"
-                elif type(owner).__name__.endswith("Norm") and cfg.train_norms:
+                elif "norm" in type(owner).__name__.lower() and cfg.train_norms:
                     groups[name] = "norms"
         others = [name for name, _ in model.named_parameters() if not name.rpartition(".")[2].startswith(SCALES)]
         for pattern in cfg.also_train:
@@ -230,5 +230,6 @@ class QuantFinetune(ContextualTraining):
                 )
         writer.metrics = writer.metrics | {f"quant/{name}": value for name, value in trained.moved(model).items()}
         writer.metrics["quant/bits_per_weight"] = model_storage(model).bits_per_weight
+        writer.facts["codes"] = codes_hash(model)
         declare_packed(model)
         super().export(model, writer)
