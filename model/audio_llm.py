@@ -71,6 +71,7 @@ class AudioLLMOutput(NamedTuple):
     correct: Tensor  # targets that have the highest logit
     ctc: CTCLoss | None
     logits_NV: Tensor | None
+    speech: SpeechOutput
 
 
 class AudioLLM(AssembledModel):
@@ -284,6 +285,7 @@ class AudioLLM(AssembledModel):
             correct=(logits_NV.detach().argmax(-1) == targets_N).sum(),
             ctc=ctc,
             logits_NV=logits_NV if return_logits else None,
+            speech=speech,
         )
 
     def _target_logits(

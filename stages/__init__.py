@@ -9,6 +9,7 @@ STAGES: dict[str, str] = {
     "context_sft": "seedling.stages.context_sft:ContextSFT",
     "mwer": "seedling.stages.mwer:MWER",
     "quantize": "seedling.stages.quantize:Quantize",
+    "quant_finetune": "seedling.stages.quant_finetune:QuantFinetune",
     "tune_decoding": "seedling.stages.tune_decoding:TuneDecoding",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

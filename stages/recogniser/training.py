@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...data.audio_sets import AudioDataConfig
 from ...data.augment import KeyedRandom
@@ -87,6 +87,7 @@ class RecogniserTraining:
     """Cross-entropy of the transcript given the prompt, plus an optional CTC loss on the encoder."""
 
     produces = "acllm"
+    takes_packed = False  # a recogniser whose weights are integers
     cfg: RecogniserConfig
     sample_rate: int
 
@@ -104,6 +105,11 @@ class RecogniserTraining:
         Shapes, features and prompts are the recogniser's. Where cfg asks for others, that is a ValueError.
         """
         config = _continued_config(cfg, AudioLLMConfig.from_pretrained(acllm.path), path=acllm.path)
+        if getattr(config, "quantization_config", None) and not self.takes_packed:
+            raise ValueError(
+                f"{acllm.path} is packed, its weights are integers, and stage {cfg.stage} would train what is left; "
+                "give the recogniser that was quantised, or train the scales with stage quant_finetune"
+            )
         self.sample_rate = config.feature_config["sample_rate"]
         if not on_meta():
             model = AudioLLM.from_pretrained(acllm.path, config=config, dtype=llm_dtype(cfg))
@@ -167,19 +173,25 @@ class RecogniserTraining:
 
     def loss(self, model: nn.Module, batch: AudioBatch) -> StepOutput:
         prompts = self.prompts(batch)
-        ctc_targets = [text_bytes(text) for text in batch.texts] if self.cfg.ctc_weight else None
-        out = model(
+        out = self.hear(model, batch, prompts)
+        return StepOutput(self.loss_sum(out), self.metrics(out, batch, prompts))
+
+    def hear(
+        self, model: nn.Module, batch: AudioBatch, prompts: Prompts, *, ctc: bool = True, return_logits: bool = False
+    ) -> AudioLLMOutput:
+        """Run the model on a batch and its transcripts; `ctc`: with the CTC head's loss where that has a weight."""
+        return model(
             batch.waveforms_BN,
             batch.lengths_B,
             self.transcripts(batch),
             prompts.contexts_ids,
             languages=prompts.languages,
-            ctc_targets=ctc_targets,
+            ctc_targets=[text_bytes(text) for text in batch.texts] if ctc and self.cfg.ctc_weight else None,
+            return_logits=return_logits,
         )
-        loss_sum = out.loss_sum
-        if out.ctc is not None:
-            loss_sum = loss_sum + self.cfg.ctc_weight * out.ctc.loss_sum
-        return StepOutput(loss_sum, self.metrics(out, batch, prompts))
+
+    def loss_sum(self, out: AudioLLMOutput) -> Tensor:
+        return out.loss_sum if out.ctc is None else out.loss_sum + self.cfg.ctc_weight * out.ctc.loss_sum
 
     def metrics(self, out: AudioLLMOutput, batch: AudioBatch, prompts: Prompts) -> Metrics:
         """Return the metrics of a step."""
@@ -265,7 +277,7 @@ def _error_rate(texts: list[tuple[str, str]], *, unit: str) -> tuple[int, int]:
 
 
 def llm_dtype(cfg: RecogniserConfig) -> torch.dtype:
-    return torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
+    return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
 
 
 def _continued_config(cfg: RecogniserConfig, config: AudioLLMConfig, *, path: Path) -> AudioLLMConfig:

@@ -176,8 +176,8 @@ class Maker:
         torch.manual_seed(self.cfg.seed)  # as the trainer does: frozen weights may be drawn
         self.model = self.stage.build(self.cfg, recipe.inputs)
         freeze_others(self.model, self.stage.trainable)
-        self.bf16 = self.cfg.train.precision == "bf16"
-        if self.bf16:
+        self.bf16 = self.cfg.train.precision != "fp32"
+        if self.cfg.train.precision == "bf16":
             self.model.bfloat16()  # what DeepSpeed does to the trainer's
         self.model.to(self.device)
         self.dataset = self.stage.batches(self.cfg, "train").dataset

@@ -34,6 +34,7 @@ class TrainState:
     samples_seen: int = 0
     bad_utterances: int = 0
     nonfinite_steps: int = 0
+    best: dict = field(default_factory=dict)  # metric, value and step of the best evaluation so far (train.keep_best)
     data_fingerprint: str = ""
     frozen_digests: list[str] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of what was trained, and of buffers
@@ -55,7 +56,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     folder: Path, state: TrainState, *, save_shards: Callable[[str, str], None], world: World, keep_last: int
 ) -> Path:
-    """Write a checkpoint on all ranks together, then delete all but the newest `keep_last`."""
+    """Write a checkpoint on all ranks together, then delete all but the newest `keep_last` and that of `state.best`."""
     target = folder / checkpoint_name(state.step)
     staging = folder / f".{target.name}.partial"
     if world.is_main:
@@ -74,8 +75,10 @@ def save_checkpoint(
         write_synced(staging / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=1))
         sync_tree(staging)
         publish(staging, target)
+        best = checkpoint_name(state.best["step"]) if state.best else ""
         for old in list_checkpoints(folder)[keep_last:]:
-            shutil.rmtree(old)
+            if old.name != best:
+                shutil.rmtree(old)
     world.barrier()
     return target
 

@@ -54,7 +54,8 @@ class Blame(NamedTuple):
 class StageLoss(nn.Module):
     """The stage's loss as one module call, because DeepSpeed hooks what happens inside the engine's forward.
 
-    Under bf16 the parameters are bf16 and buffers stay as built; autocast lets fp32 features meet bf16 weights.
+    Under bf16 the parameters are bf16 and buffers stay as built; autocast lets fp32 features meet bf16 weights. Under
+    autocast the parameters are fp32 as well.
     """
 
     def __init__(self, stage: TrainingStage, model: nn.Module, *, bf16: bool):
@@ -100,7 +101,7 @@ class Engine:
             world_size=world.size,
             trainable_numel=sum(map(numel, self.trainable)),
         )
-        self.module = StageLoss(stage, model, bf16=cfg.precision == "bf16")
+        self.module = StageLoss(stage, model, bf16=cfg.precision != "fp32")
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints its memory 14 times
             self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         self.ds.train()

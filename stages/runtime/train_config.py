@@ -12,6 +12,8 @@ from typing import Any
 
 ZERO_STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+# autocast: weights in fp32, matrix products in bf16. For the few and fine ones, as scales: bf16 has 8 bits.
+TRAINING_PRECISIONS = (*PRECISIONS, "autocast")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 RESUME_MODES = ("auto", "never")
@@ -64,6 +66,7 @@ class TrainConfig:
     eval_first: bool = False  # evaluate before the first step as well: what the run began with
     save_every: int = 500
     keep_last: int = 2
+    keep_best: str = ""  # a metric, as valid/dev/loss: end with the weights of its lowest evaluation, not the last ones
     num_workers: int = 0
     max_bad_fraction: float = 0.01
     max_nonfinite_steps: int = 10
@@ -73,7 +76,7 @@ class TrainConfig:
 
     def __post_init__(self):
         require_choice("train.zero_stage", self.zero_stage, ZERO_STAGES)
-        require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.precision", self.precision, TRAINING_PRECISIONS)
         require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("train.schedule", self.schedule, SCHEDULES)
         require_choice("train.resume", self.resume, RESUME_MODES)
@@ -87,7 +90,11 @@ class TrainConfig:
                 f"train.global_batch_seconds ({self.global_batch_seconds}) is less than train.micro_batch_seconds "
                 f"({self.micro_batch_seconds}); lower the latter to at most the former"
             )
-
+        if self.keep_best and not self.eval_every:
+            raise ValueError(
+                f"train.keep_best is {self.keep_best!r} and train.eval_every is 0, so only the last weights would be "
+                "evaluated; set train.eval_every"
+            )
         if self.optimizer == "muon" and self.effective_zero_stage:
             raise ValueError(
                 f"train.optimizer is muon, which needs whole matrices; ZeRO {self.effective_zero_stage} cuts them up "

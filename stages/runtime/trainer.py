@@ -9,6 +9,7 @@ again to go on).
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -25,6 +26,7 @@ from .checkpoint import (
     SHARDS,
     TrainState,
     check_resumable,
+    checkpoint_name,
     find_checkpoint,
     list_checkpoints,
     load_state,
@@ -90,6 +92,8 @@ class Trainer:
             self.dry_run()
             if self.train.eval_first and self.state.step == 0:
                 self.evaluate()
+                if self.at_best():
+                    self.save()
             for fed in self.meters.waited(steps):
                 agreed = self.agree(fed)
                 result = self.train_step(fed, agreed)
@@ -98,7 +102,7 @@ class Trainer:
                     self.log.metrics(self.state.step, self.train_metrics())
                 if self.due(self.train.eval_every):
                     self.evaluate()
-                if self.due(self.train.save_every) or agreed.stop:
+                if self.due(self.train.save_every) or agreed.stop or self.at_best():
                     self.save()
                 if agreed.stop:
                     self.log.say(f"stopped on request after step {self.state.step}; start again to go on")
@@ -106,6 +110,7 @@ class Trainer:
             self.check_frozen()
             if self.evaluated_step != self.state.step:
                 self.evaluate()
+            self.return_to_best()
 
     def train_step(self, fed: FedStep, agreed: Agreed) -> StepResult:
         """Forward and backward of this rank's micro-batches, clip, step; a step that is not finite changes nothing."""
@@ -209,6 +214,25 @@ class Trainer:
             self.evaluated_step = self.state.step
             self.log.metrics(self.state.step, values)
             self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        if name := self.train.keep_best:
+            if name not in values:
+                raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
+            best = self.state.best if self.state.best.get("metric") == name else None
+            if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
+                self.state.best = {"metric": name, "value": values[name], "step": self.state.step}
+
+    def at_best(self) -> bool:
+        """Whether the weights as they are have been evaluated, as the best so far."""
+        return self.state.best.get("step") == self.state.step == self.evaluated_step
+
+    def return_to_best(self) -> None:
+        """Load the weights of the best evaluation again, and evaluate them: the artifact's metrics are theirs."""
+        best = self.state.best
+        if not self.train.keep_best or best["step"] == self.state.step:
+            return
+        self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
+        self.engine.load(str(self.checkpoints / checkpoint_name(best["step"])), SHARDS)
+        self.evaluate()
 
     def _evaluators(self) -> World:
         """The ranks that share a validation set: all of them, but under ZeRO-3 each one takes the whole of it.
@@ -302,7 +326,7 @@ class Trainer:
             config=asdict(self.cfg),
             metrics=self.latest_metrics,
             facts={
-                "steps": self.state.step,
+                "steps": self.state.best["step"] if self.train.keep_best else self.state.step,
                 "samples_seen": self.state.samples_seen,
                 "data_fingerprint": self.state.data_fingerprint,
                 "parameters": sum(map(numel, self.engine.model.parameters())),

@@ -102,6 +102,10 @@ CONTEXT_SFT = {
     "context": {"share": 0.5, "max_tokens": 200},
     "train": SFT["train"],
 }
+QUANT_FINETUNE = {
+    "ctc_weight": 0.5,
+    "train": SFT["train"] | {"lr": {"scales": 1e-2, "norms": 3e-3, "biases": 3e-3}},
+}
 # To learn a corpus by heart: nothing random in the way, and a third of it in every step.
 BY_HEART = (
     "encoder.dropout=0",

@@ -79,6 +79,66 @@ def test_resume_never_starts_anew_and_deletes_the_old_checkpoints(tmp_path):
     assert len(read_lines(tmp_path / "ledger.jsonl")) == 4
 
 
+class Judged(ToyStage):
+    """Its evaluations say what they are told to, one after the other."""
+
+    def __init__(self, *losses: float):
+        self.losses = iter(losses)
+
+    def evaluate(self, model, batches):
+        return {"loss": (next(self.losses), 1.0)}
+
+
+KEEP_BEST = {"schedule": "constant", "warmup_steps": 0, "keep_last": 1, "save_every": 4, "eval_every": 2}
+
+
+def test_the_best_evaluation_is_gone_back_to_also_by_a_run_that_was_interrupted(tmp_path):
+    """The lowest is after step 4, of 10."""
+    keep = {**KEEP_BEST, "keep_best": "valid/dev/loss"}
+    train(tmp_path / "best", Judged(3.0, 1.0, 2.0, float("nan"), 1.5, 1.0), train={"max_steps": 10, **keep})
+    train(tmp_path / "again", Judged(3.0, 1.0, 2.0, 5.0, 1.0), train={"max_steps": 8, **keep})
+    assert [p.name for p in list_checkpoints(tmp_path / "again" / "checkpoints")] == ["step_000008", "step_000004"]
+    train(tmp_path / "again", Judged(1.5, 1.0), train={"max_steps": 10, **keep})
+    train(tmp_path / "four", Judged(3.0, 1.0), train={"max_steps": 4, **KEEP_BEST})
+    four = load_weights(tmp_path / "four")
+    for name in ("best", "again"):
+        artifact = load_artifact(tmp_path / name / "artifact")
+        assert artifact.facts["steps"] == 4 and artifact.metrics == {"valid/dev/loss": 1.0}
+        found = load_weights(tmp_path / name)
+        assert all(torch.equal(found[key], four[key]) for key in four), name
+
+
+def test_what_a_run_begins_with_can_be_the_best_of_it_and_so_can_what_it_ends_with(tmp_path):
+    keep = {**KEEP_BEST, "keep_best": "valid/dev/loss", "max_steps": 4, "eval_first": True}
+    train(tmp_path / "first", Judged(1.0, 2.0, 3.0, 1.0), train=keep)
+    torch.manual_seed(1)
+    fresh = ToyStage().build(toy_config(tmp_path), {}).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in load_weights(tmp_path / "first").items())
+    train(tmp_path / "last", Judged(3.0, 2.0, 1.0), train=keep)
+    train(tmp_path / "plain", Judged(3.0, 2.0, 1.0), train={**keep, "keep_best": ""})
+    plain = load_weights(tmp_path / "plain")
+    assert all(torch.equal(value, plain[key]) for key, value in load_weights(tmp_path / "last").items())
+
+
+def test_the_best_of_what_nobody_measures_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="keep_best is 'valid/dev/wer'; what is evaluated is valid/dev/loss"):
+        train(tmp_path, train={**KEEP_BEST, "max_steps": 4, "keep_best": "valid/dev/wer"})
+    with pytest.raises(ValueError, match=r"train.eval_every is 0"):
+        TrainConfig(max_steps=4, keep_best="valid/dev/loss")
+
+
+def test_autocast_trains_weights_in_float32_and_not_as_float32_does(tmp_path):
+    for precision in ("autocast", "fp32"):
+        train(tmp_path / precision, dropout=0.0, train={"max_steps": 4, "precision": precision})
+    autocast, fp32 = load_weights(tmp_path / "autocast"), load_weights(tmp_path / "fp32")
+    assert all(value.dtype == torch.float32 for value in autocast.values())
+    for name, value in fp32.items():
+        torch.testing.assert_close(autocast[name], value, atol=0.02, rtol=0)
+    assert any(not torch.equal(autocast[name], value) for name, value in fp32.items())
+    learnt = autocast["head.weight"]
+    assert not torch.equal(learnt, learnt.bfloat16().float()), "small changes are kept"
+
+
 def test_too_many_steps_that_are_not_finite_stop_the_run_naming_the_utterances(tmp_path):
     with pytest.raises(ValueError, match=r"loss of .*u0051.*more than train.max_nonfinite_steps=0"):
         train(tmp_path, nan_keys=["u0051"], train={"max_steps": 40, "max_nonfinite_steps": 0})
