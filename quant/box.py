@@ -55,7 +55,9 @@ class BoxRounding:
         for start in range(0, K, self.columns):
             here, left = slice(start, min(start + self.columns, K)), slice(start, None)
             later = slice(start + self.columns, None)
-            self._settle(x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=STEPS if start else FIRST_STEPS)
+            self._settle(
+                x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=STEPS if start else FIRST_STEPS
+            )
             rounded_CN = weight_KN[here] + x_KN[here]
             codes_KN[here], errors_CN = grid.round_block(rounded_CN, spread_KK[here, here], here)
             x_KN[later].addmm_(spread_KK[here, later].t(), errors_CN, alpha=-1)

@@ -15,16 +15,15 @@ def test_settling_finds_the_minimum_within_the_box():
     problem = random_problem(6, 20)
     ordered, start = ActOrder(problem), group_clip(problem)
     rounding = BoxRounding(ordered, columns=4)
-    low_KN, high_KN = ordered.grid(0.4 * start.scale_NG, 0.4 * start.zero_NG).box()
-    x_KN = torch.clamp(ordered.weight_KN, low_KN, high_KN)
+    low_KN, high_KN = (end - ordered.weight_KN for end in ordered.grid(0.4 * start.scale_NG, 0.4 * start.zero_NG).box())
+    x_KN = torch.clamp(torch.zeros(20, 6), low_KN, high_KN)
     pull_KN = torch.randn(20, 6, generator=torch.Generator().manual_seed(2))
     rounding._settle(x_KN, low_KN, high_KN, pull_KN, slice(0, None), steps=3000)
     root_KK = np.linalg.cholesky(ordered.hessian_KK.double().numpy()).T
     at_bound = 0
     for row in range(6):
-        # (x - w) H (x - w) / 2 + pull (x - w), completed to a square.
-        shift_K = np.linalg.solve(root_KK.T, pull_KN[:, row].double().numpy())
-        target_K = root_KK @ ordered.weight_KN[:, row].double().numpy() - shift_K
+        # x H x / 2 + pull x, completed to a square.
+        target_K = -np.linalg.solve(root_KK.T, pull_KN[:, row].double().numpy())
         bounds = (low_KN[:, row].double().numpy(), high_KN[:, row].double().numpy() + 1e-9)
         wanted_K = lsq_linear(root_KK, target_K, bounds=bounds, tol=1e-12).x
         np.testing.assert_allclose(x_KN[:, row].numpy(), wanted_K, atol=2e-3)

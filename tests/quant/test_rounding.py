@@ -7,7 +7,7 @@ from small_layers import random_problem
 
 from seedling.quant.act_order import ActOrder
 from seedling.quant.initial import min_max
-from seedling.quant.rounding import COLUMNS, gptq_codes, inverse_factor
+from seedling.quant.rounding import COLUMNS, gptq_codes, spread_of
 
 
 def plain_gptq(w_K: np.ndarray, H_KK: np.ndarray, scale_K: np.ndarray, zero_K: np.ndarray, top: int) -> np.ndarray:
@@ -25,8 +25,8 @@ def plain_gptq(w_K: np.ndarray, H_KK: np.ndarray, scale_K: np.ndarray, zero_K: n
 def test_blocks_round_as_one_column_at_a_time_does(cols):
     problem = random_problem(5, cols, bits=3, group_size=16)
     ordered, (scale_NG, zero_NG) = ActOrder(problem), min_max(problem)
-    codes_NK = ordered.restored(gptq_codes(ordered.weight_KN, ordered.grid(scale_NG, zero_NG), ordered.factor_KK))
-    H_KK = problem.hessian_KK.clone()
+    codes_NK = ordered.restored(gptq_codes(ordered.weight_KN, ordered.grid(scale_NG, zero_NG), ordered.spread_KK))
+    H_KK = problem.hessian_KK.double()
     H_KK.diagonal().add_(0.01 * H_KK.diagonal().mean())
     order_K = ordered.order_K
     for row in range(5):
@@ -46,14 +46,20 @@ def test_columns_go_by_falling_diagonal():
     assert (diagonal_K.diff() <= 0).all()
 
 
-def test_the_factor_is_that_of_the_inverse():
-    hessian_KK = random_problem(2, 12).hessian_KK
-    factor_KK = inverse_factor(hessian_KK)
-    damped_KK = hessian_KK + 0.01 * hessian_KK.diagonal().mean() * torch.eye(12)
-    torch.testing.assert_close(factor_KK.t() @ factor_KK, torch.linalg.inv(damped_KK))
-    assert factor_KK.tril(-1).abs().max() == 0
+def test_the_spread_is_a_row_of_the_inverse_for_the_columns_that_are_left():
+    hessian_KK, order_K = (
+        random_problem(2, 12).hessian_KK,
+        torch.randperm(12, generator=torch.Generator().manual_seed(0)),
+    )
+    spread_KK = spread_of(hessian_KK, order_K)
+    damped_KK = hessian_KK.double()[order_K][:, order_K]
+    damped_KK.diagonal().add_(0.01 * damped_KK.diagonal().mean())
+    for k in range(12):
+        inverse_K = torch.linalg.inv(damped_KK[k:, k:])[0]
+        torch.testing.assert_close(spread_KK[k, k:].double(), inverse_K / inverse_K[0], rtol=1e-5, atol=1e-5)
+    assert spread_KK.tril(-1).abs().max() == 0
 
 
 def test_a_matrix_that_is_not_positive_definite_is_refused():
     with pytest.raises(ValueError, match="far from positive definite"):
-        inverse_factor(torch.diag(torch.tensor([1.0, -1e6])).double())
+        spread_of(torch.diag(torch.tensor([1.0, -1e6])), torch.arange(2))
