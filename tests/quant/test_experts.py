@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from tiny_experts import EXPERTS, FAMILIES, NAME, make_experts, make_moe, random_call, random_solution, random_solutions
-from transformers import AutoModelForCausalLM, JambaConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from seedling.quant import hf
 from seedling.quant.expert_inputs import ExpertCall
@@ -79,6 +79,18 @@ def test_a_saved_model_loads_the_same_and_saves_the_same(family, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_a_recogniser_around_experts_loads_the_same(family, tmp_path):
+    hf.register()
+    model = AudioLLM.assemble(encoder=make_encoder(), llm=make_packed_moe(family), tokenizer=make_tokenizer()).eval()
+    hf.declare_packed(model)
+    model.save_pretrained(tmp_path)
+    again = AudioLLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert set(packed_modules(again)) == {f"llm.model.layers.{at}.mlp.experts" for at in range(2)}
+    ids = torch.randint(2, 300, (1, 9), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.llm(ids).logits, model.llm(ids).logits) and codes_hash(again) == codes_hash(model)
+
+
 def test_a_folder_whose_experts_do_not_fit_the_model_is_refused(tmp_path):
     config = hf.DecoupleQConfig(matrices=_forms(make_packed_moe("mixtral")))
     with pytest.raises(
@@ -122,6 +134,13 @@ def test_layers_that_only_route_are_told_from_those_that_compute():
         assert routing_layers(AutoModelForCausalLM.from_config(shared)) == {
             f"model.layers.{at}.mlp.shared_expert_gate" for at in range(2)
         }
-        jamba = AutoModelForCausalLM.from_config(JambaConfig(**shape, use_mamba_kernels=False))
-    assert routing_layers(jamba) == {"model.layers.1.feed_forward.router"}
+    mlp = torch.nn.ModuleDict(
+        {
+            "gate": torch.nn.Linear(40, EXPERTS, bias=False),
+            "experts": make_experts("mixtral"),
+            "shared_expert": torch.nn.ModuleDict({"up_proj": torch.nn.Linear(40, 24)}),
+        }
+    )
+    assert routing_layers(torch.nn.ModuleDict({"mlp": mlp, "head": torch.nn.Linear(40, EXPERTS)})) == {"mlp.gate"}
+    assert routing_layers(mlp) == {"gate"}
     assert routing_layers(make_moe("mixtral")) == set()
