@@ -1,15 +1,20 @@
 """CTC prefix probabilities: how likely is it that what was said begins with these bytes?
 
 A prefix probability sums over all alignments of the bytes so far and everything that may follow (Watanabe et al. 2017,
-https://ieeexplore.ieee.org/document/8068205, algorithm 2). The recursion over frames is linear, so it is two cumulative
-sums in the log domain for each byte, over all rows, candidates and frames at once.
+https://ieeexplore.ieee.org/document/8068205, algorithm 2). How likely a prefix is with one more byte is a sum over its
+own frames, so all next bytes are cheap to score; only a prefix that is itself extended needs a recursion over frames.
+
+The recursion is linear, and runs in probabilities: a prefix stores blocks of BLOCK frames, and the logarithm of each
+block's scale. Frames far apart may so differ by any factor, as in the log domain, yet nearly all arithmetic is products
+and sums; a log-domain recursion takes three times as long. What is e^-700 of a frame next to it counts as nothing.
 
 Of long audio a prefix keeps the WINDOW frames from where it may end onwards, and the window moves along with it: a step
 costs the same at five minutes as at sixteen seconds, and all of decoding grows with the length, not with its square.
 Audio that fits into one window is computed exactly.
 
 Shape letters: B utterances, T encoder frames, W classes of the CTC head (the last is the blank), R rows of the search,
-N = any number of prefixes, F frames of a window, Y bytes of the longest token, V vocabulary.
+N = any number of prefixes, C frames of a block, K blocks of a window, H blocks of a hop (what a window moves by), S
+hops, M = B W S, Y bytes of the longest token, V vocabulary. Frame t is the C-th row t % C, in block t // C.
 """
 
 import math
@@ -19,130 +24,222 @@ import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-WINDOW = 400  # frames of 40 ms that a prefix may end in, and what follows it begin in
+BLOCK = 16  # frames that share a scale
 STRIDE = 64  # frames that a window moves by
-NEGLIGIBLE = 50.0  # nats below the likeliest frame: a prefix does not end so early
+WINDOW = 7 * STRIDE  # frames of 40 ms that a prefix may end in, and what follows it begin in
+NEGLIGIBLE = 50.0  # nats below the likeliest frames: a prefix does not end so early
 PAUSE = 25  # frames of certain silence that are kept of a longer one: a window must reach over every pause
 IMPOSSIBLE = -1000.0  # a frame, in place of -inf where sums must stay defined
+NOWHERE = -1e30  # the scale of a block in which a prefix cannot end, where -inf less -inf would be NaN
 CERTAIN = -1e-3  # log probability of a blank from which on silence is certain
 
 
 class Prefix(NamedTuple):
-    """Forward variables of a byte prefix, log domain, float64: alignments of frames 0..t that end in its last byte
-    (`on_RF`) or in a blank (`blank_RF`), its prefix probability, its last byte (-1: it is empty), and the frame that
-    its window starts at."""
+    """Forward variables of a byte prefix, float64: alignments of frames 0..t that end in its last byte (`on_CRK`) or in
+    a blank (`blank_CRK`), both times e^scale; its log prefix probability, its last byte (-1: it is empty), the hop that
+    its window starts at, and its utterance."""
 
-    on_RF: Tensor
-    blank_RF: Tensor
+    on_CRK: Tensor
+    blank_CRK: Tensor
+    scale_RK: Tensor
     score_R: Tensor
     last_R: Tensor
-    start_R: Tensor
+    hop_R: Tensor
+    utterance_R: Tensor
 
     def of(self, rows_R: Tensor) -> "Prefix":
-        return Prefix(*(value[rows_R] for value in self))
+        by_frame = (value.index_select(1, rows_R) for value in self[:2])
+        return Prefix(*by_frame, *(value[rows_R] for value in self[2:]))
+
+
+def joined(prefixes: list[Prefix]) -> Prefix:
+    """Return the rows of all prefixes, one after the other."""
+    by_frame = (torch.cat(values, dim=1) for values in list(zip(*prefixes))[:2])
+    return Prefix(*by_frame, *(torch.cat(values) for values in list(zip(*prefixes))[2:]))
+
+
+class Frames(NamedTuple):
+    """The probabilities of one class each over the frames of a window, and the logarithm of each block's product."""
+
+    p_CNK: Tensor
+    log_NK: Tensor
 
 
 class CTCPrefixes:
-    """Prefix probabilities of byte strings under the CTC head's output for each row's utterance."""
+    """Prefix probabilities of byte strings under the CTC head's output for each utterance.
+
+    `log_probs_BTW` are log-probabilities, in any float type; frames beyond `lengths_B` do not count, whatever they
+    hold. Longer audio than `window` frames (rounded up to whole strides) is looked at through windows.
+    """
 
     def __init__(self, log_probs_BTW: Tensor, lengths_B: Tensor, *, window: int = WINDOW):
         log_probs_BTW = log_probs_BTW.double()
         if log_probs_BTW.shape[1] > window:
             log_probs_BTW, lengths_B = without_long_pauses(log_probs_BTW, lengths_B)
-        T = log_probs_BTW.shape[1]
-        self.window = min(window, T)
+        B, T, self.classes = log_probs_BTW.shape
         past_BT = torch.arange(T, device=lengths_B.device) >= lengths_B[:, None]
         # Nothing can be said behind an utterance's end, so padding adds nothing to any sum.
         log_probs_BTW = log_probs_BTW.masked_fill(past_BT[..., None], -math.inf)
-        # By class first: what is looked up is always one class over neighbouring frames. A window may end in padding.
-        log_probs_BWT = log_probs_BTW.transpose(1, 2).contiguous()
-        if self.window < T:
-            log_probs_BWT = nn.functional.pad(log_probs_BWT, (0, self.window + STRIDE), value=-math.inf)
-        self.log_probs_BWT = log_probs_BWT
-        self.blanks_BT = log_probs_BWT[:, -1].clamp_min(IMPOSSIBLE).cumsum(-1)
-        self.last_frame_B = lengths_B - 1
-        self.utterance_R = torch.arange(len(lengths_B), device=lengths_B.device)
-
-    def select(self, rows_R: Tensor) -> None:
-        self.utterance_R = self.utterance_R[rows_R]
+        if T <= window:  # one window, and one hop, hold it all
+            hop, self.hops_of_window = max(1, -(-T // BLOCK)), 1
+            self.hops = 1
+        else:  # a window may end in padding
+            hop, self.hops_of_window = STRIDE // BLOCK, -(-window // STRIDE)
+            self.hops = -(-T // STRIDE) + self.hops_of_window
+        log_probs_BTW = nn.functional.pad(log_probs_BTW, (0, 0, 0, self.hops * hop * BLOCK - T), value=-math.inf)
+        shape = (B, self.hops, hop, BLOCK, self.classes)
+        # By frame of a block first, so that a step of the recursion is one operation on neighbouring numbers.
+        self.p_CMH = log_probs_BTW.exp().view(shape).permute(3, 0, 4, 1, 2).reshape(BLOCK, -1, hop)
+        log_probs_BTW = log_probs_BTW.clamp_min(IMPOSSIBLE)
+        self.log_MH = log_probs_BTW.view(shape).sum(3).permute(0, 3, 1, 2).reshape(-1, hop)
+        self.blanks_BT = nn.functional.pad(log_probs_BTW[..., -1].cumsum(-1), (1, 0))  # of the first t frames
+        self.lengths_B = lengths_B
 
     def empty(self) -> Prefix:
-        """Return the empty prefix of every row: only blanks so far, and certain to be a prefix."""
-        blank_RF = self.log_probs_BWT[self.utterance_R, -1, : self.window].cumsum(-1)
-        none_RF, zero_R = torch.full_like(blank_RF, -math.inf), torch.zeros_like(blank_RF[:, 0])
-        return Prefix(none_RF, blank_RF, zero_R, zero_R.long() - 1, zero_R.long())
+        """Return the empty prefix of every utterance: only blanks so far, and certain to be a prefix."""
+        utterance_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
+        none_B, zero_B = utterance_B * 0 - 1, utterance_B * 0
+        blanks = self._frames(utterance_B, none_B, zero_B, self.hops_of_window)
+        nothing_CBK, scale_BK = torch.zeros_like(blanks.p_CNK), torch.full_like(blanks.log_NK, NOWHERE)
+        certain_B = torch.zeros_like(scale_BK[:, 0])
+        blank_CBK, scale_BK = _followed(nothing_CBK, scale_BK, blanks, certain_B)
+        return Prefix(nothing_CBK, blank_CBK, scale_BK, certain_B, none_B, zero_B, utterance_B)
 
     def whole(self, prefix: Prefix) -> Tensor:
         """Return the log probability per row that the prefix is all that was said."""
-        last_R = self.last_frame_B[self.utterance_R]
-        at_R = (last_R - prefix.start_R).clamp(0, self.window - 1)
-        there_R = torch.logaddexp(prefix.on_RF, prefix.blank_RF).gather(1, at_R[:, None])[:, 0]
+        C, R, K = prefix.on_CRK.shape
+        length_R, start_R = self.lengths_B[prefix.utterance_R], self._start(prefix)
+        at_R = (length_R - 1 - start_R).clamp(0, C * K - 1)
+        row_R = torch.arange(R, device=at_R.device)
+        there = at_R % C, row_R, at_R // C
+        there_R = (prefix.on_CRK[there] + prefix.blank_CRK[there]).log() + prefix.scale_RK[row_R, at_R // C]
         # Nothing but blanks from the end of the window to that of the utterance.
-        blanks_RT = self.blanks_BT[self.utterance_R]
-        rest_R = blanks_RT.gather(1, last_R[:, None]) - blanks_RT.gather(1, (prefix.start_R + at_R)[:, None])
-        return torch.where(last_R >= prefix.start_R, there_R + rest_R[:, 0], -math.inf)
+        blanks_RT = self.blanks_BT[prefix.utterance_R]
+        rest_R = blanks_RT.gather(1, length_R[:, None]) - blanks_RT.gather(1, (start_R + at_R + 1)[:, None])
+        ended_R = torch.where(length_R > start_R, there_R + rest_R[:, 0], -math.inf)
+        # Of no audio at all, nothing was said.
+        return torch.where((length_R == 0) & (prefix.last_R == -1), 0.0, ended_R)
+
+    def scores(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> Tensor:
+        """Return the log prefix probabilities of the prefixes in `rows_N` with one byte appended to each."""
+        before_CNK, scale_NK, first_N = self._before(prefix, rows_N, bytes_N)
+        frames = self._frames(prefix.utterance_R[rows_N], bytes_N, prefix.hop_R[rows_N], self.hops_of_window)
+        return _score(before_CNK, scale_NK, frames, first_N)
 
     def extend(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> Prefix:
-        """Return `prefix` (N of them, of the rows `rows_N`) with one byte appended to each."""
-        byte_NF = self._frames(rows_N, bytes_N, prefix.start_R, self.window)
-        blank_NF = self._frames(rows_N, torch.full_like(bytes_N, -1), prefix.start_R, self.window)
-        # A byte may follow any alignment of the prefix, but itself only over a blank.
-        on_NF = prefix.on_RF.masked_fill((prefix.last_R == bytes_N)[:, None], -math.inf)
-        before_NF = torch.logaddexp(prefix.blank_RF, on_NF)
-        first_N1 = torch.where(prefix.last_R == -1, 0.0, -math.inf)[:, None].to(before_NF)
-        before_NF = torch.cat([first_N1, before_NF[:, :-1]], dim=1)
-        new_on_NF = _decay(before_NF, byte_NF)
-        entered_NF = torch.cat([torch.full_like(first_N1, -math.inf), new_on_NF[:, :-1]], dim=1)
-        return Prefix(
-            on_RF=new_on_NF,
-            blank_RF=_decay(entered_NF, blank_NF),
-            score_R=(before_NF + byte_NF).logsumexp(-1),
-            last_R=bytes_N,
-            start_R=prefix.start_R,
+        """Return the prefixes in `rows_N` with one byte appended to each."""
+        utterance_N, hop_N = prefix.utterance_R[rows_N], prefix.hop_R[rows_N]
+        byte = self._frames(utterance_N, bytes_N, hop_N, self.hops_of_window)
+        blank = self._frames(utterance_N, torch.full_like(bytes_N, -1), hop_N, self.hops_of_window)
+        before_CNK, scale_NK, first_N = self._before(prefix, rows_N, bytes_N)
+        score_N = _score(before_CNK, scale_NK, byte, first_N)
+        states = _last_byte_and_blank(
+            before_CNK, scale_NK, byte, blank, on_N=first_N, blank_N=torch.full_like(first_N, -math.inf)
         )
+        return Prefix(*states, score_N, bytes_N, hop_N, utterance_N)
+
+    def _before(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all alignments that the byte may follow: their scaled probabilities, scales, and before any frame."""
+        # A byte may follow any alignment of the prefix, but itself only over a blank.
+        both_CRK = torch.cat([prefix.on_CRK + prefix.blank_CRK, prefix.blank_CRK], dim=1)
+        last_N = prefix.last_R[rows_N]
+        before_CNK = both_CRK.index_select(1, rows_N + len(prefix.last_R) * (last_N == bytes_N))
+        first_N = torch.where(last_N == -1, 0.0, -math.inf).to(before_CNK)
+        return before_CNK, prefix.scale_RK[rows_N], first_N
 
     def moved_on(self, prefix: Prefix) -> Prefix:
-        """Return the rows' prefixes with windows that begin no more than STRIDE frames before they may first end."""
-        if self.window + STRIDE >= self.log_probs_BWT.shape[-1]:
+        """Return the prefixes with windows that begin no more than STRIDE frames before they may first end."""
+        if self.hops == 1:
             return prefix  # one window holds it all
+        H = self.log_MH.shape[1]
         while True:
-            mass_RF = torch.logaddexp(prefix.on_RF, prefix.blank_RF)
-            early_RF = mass_RF[:, :STRIDE] < mass_RF.amax(1, keepdim=True) - NEGLIGIBLE
-            ends_R = prefix.start_R + self.window <= self.last_frame_B[self.utterance_R]
-            rows_N = (early_RF.all(1) & ends_R).nonzero()[:, 0]
+            early_R = prefix.scale_RK[:, :H].amax(1) < prefix.scale_RK.amax(1) - NEGLIGIBLE
+            ends_R = self._start(prefix) + self.hops_of_window * STRIDE < self.lengths_B[prefix.utterance_R]
+            moves_R = early_R & ends_R
+            rows_N = moves_R.nonzero()[:, 0]
             if not len(rows_N):
                 return prefix
-            prefix = self._moved(prefix, rows_N)
+            place_R = torch.where(
+                moves_R, moves_R.cumsum(0) - 1 + len(moves_R), torch.arange(len(moves_R), device=rows_N.device)
+            )
+            prefix = joined([prefix, self._moved(prefix.of(rows_N))]).of(place_R)
 
-    def _moved(self, prefix: Prefix, rows_N: Tensor) -> Prefix:
-        """Move the windows of these rows: in its new frames a prefix that has ended before is followed by blanks."""
-        old = prefix.of(rows_N)
-        end_N = old.start_R + self.window
-        byte_NS = self._frames(rows_N, old.last_R, end_N, STRIDE)
-        blank_NS = self._frames(rows_N, torch.full_like(old.last_R, -1), end_N, STRIDE)
-        on_NS = old.on_RF[:, -1:] + byte_NS.cumsum(-1)
-        ended_N1 = torch.logaddexp(old.on_RF[:, -1:], old.blank_RF[:, -1:])
-        blank_NS = _decay(torch.cat([ended_N1, on_NS[:, :-1]], dim=1), blank_NS)
-        on_RF, blank_RF, start_R = prefix.on_RF.clone(), prefix.blank_RF.clone(), prefix.start_R.clone()
-        on_RF[rows_N] = torch.cat([old.on_RF[:, STRIDE:], on_NS], dim=1)
-        blank_RF[rows_N] = torch.cat([old.blank_RF[:, STRIDE:], blank_NS], dim=1)
-        start_R[rows_N] += STRIDE
-        return prefix._replace(on_RF=on_RF, blank_RF=blank_RF, start_R=start_R)
+    def _moved(self, prefix: Prefix) -> Prefix:
+        """Move the windows by a hop: in its new frames a prefix that has ended before is followed by blanks."""
+        H, next_R = self.log_MH.shape[1], prefix.hop_R + self.hops_of_window
+        byte = self._frames(prefix.utterance_R, prefix.last_R, next_R, 1)
+        blank = self._frames(prefix.utterance_R, torch.full_like(prefix.last_R, -1), next_R, 1)
+        end_on_R, end_blank_R = prefix.on_CRK[-1, :, -1], prefix.blank_CRK[-1, :, -1]
+        nothing_CRH, nowhere_RH = torch.zeros_like(byte.p_CNK), torch.full_like(byte.log_NK, NOWHERE)
+        scale_R = prefix.scale_RK[:, -1]
+        on_CRH, blank_CRH, scale_RH = _last_byte_and_blank(
+            nothing_CRH,
+            nowhere_RH,
+            byte,
+            blank,
+            on_N=end_on_R.log() + scale_R,
+            blank_N=(end_on_R + end_blank_R).log() + scale_R,
+        )
+        return prefix._replace(
+            on_CRK=torch.cat([prefix.on_CRK[..., H:], on_CRH], dim=2),
+            blank_CRK=torch.cat([prefix.blank_CRK[..., H:], blank_CRH], dim=2),
+            scale_RK=torch.cat([prefix.scale_RK[:, H:], scale_RH], dim=1),
+            hop_R=prefix.hop_R + 1,
+        )
 
-    def _frames(self, rows_N: Tensor, classes_N: Tensor, start_N: Tensor, count: int) -> Tensor:
-        """Return the log probabilities [N, count] of one class each, from frame `start_N` on."""
-        if self.window == self.log_probs_BWT.shape[-1]:
-            return self.log_probs_BWT[self.utterance_R[rows_N], classes_N]
-        frames_NF = start_N[:, None] + torch.arange(count, device=start_N.device)
-        return self.log_probs_BWT[self.utterance_R[rows_N, None], classes_N[:, None], frames_NF]
+    def _start(self, prefix: Prefix) -> Tensor:
+        return prefix.hop_R * STRIDE
+
+    def _frames(self, utterance_N: Tensor, classes_N: Tensor, hop_N: Tensor, count: int) -> Frames:
+        """Return `count` hops of frames of one class each, from hop `hop_N` on."""
+        row_N = (utterance_N * self.classes + classes_N % self.classes) * self.hops + hop_N
+        rows = (row_N[:, None] + torch.arange(count, device=row_N.device)).flatten()
+        N, K = len(row_N), count * self.log_MH.shape[1]
+        return Frames(self.p_CMH.index_select(1, rows).view(BLOCK, N, K), self.log_MH.index_select(0, rows).view(N, K))
 
 
-def _decay(entering_NF: Tensor, stay_NF: Tensor) -> Tensor:
-    """Return x_t = stay_t (x_{t-1} + entering_t), all in logs: what enters at s is worth the product of stay_s..t."""
-    # A certain impossibility (-inf) would make the sum below undefined; e^-1000 a frame is as impossible in float64.
-    total_NF = stay_NF.clamp_min(IMPOSSIBLE).cumsum(-1)
-    shifted_NF = nn.functional.pad(total_NF[:, :-1], (1, 0))
-    return torch.logcumsumexp(entering_NF - shifted_NF, dim=-1) + total_NF
+def _score(before_CNK: Tensor, scale_NK: Tensor, byte: Frames, first_N: Tensor) -> Tensor:
+    """Return log sum_t before_{t-1} byte_t, in which before_{-1} is e^first."""
+    within_NK = (before_CNK[:-1] * byte.p_CNK[1:]).sum(0)
+    within_NK[:, :-1] += before_CNK[-1, :, :-1] * byte.p_CNK[0, :, 1:]  # into the next block
+    return torch.logaddexp((within_NK.log() + scale_NK).logsumexp(1), first_N + byte.p_CNK[0, :, 0].log())
+
+
+def _last_byte_and_blank(
+    before_CNK: Tensor, scale_NK: Tensor, byte: Frames, blank: Frames, *, on_N: Tensor, blank_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the alignments that end in the byte, in a blank after it, and their scale, the largest being 1 in each
+    block. What enters before the first frame is e^on and e^blank."""
+    on_CNK, on_NK = _followed(before_CNK, scale_NK, byte, on_N)
+    blank_CNK, scale_NK = _followed(on_CNK, on_NK, blank, blank_N)
+    shrunk_NK = (on_NK - scale_NK).exp()
+    largest_NK = torch.maximum(on_CNK.amax(0) * shrunk_NK, blank_CNK.amax(0))
+    there_NK = largest_NK > 0
+    largest_NK = torch.where(there_NK, largest_NK, 1.0)
+    scale_NK = torch.where(there_NK, scale_NK + largest_NK.log(), NOWHERE)
+    return on_CNK * (shrunk_NK / largest_NK), blank_CNK / largest_NK, scale_NK
+
+
+def _followed(entering_CNK: Tensor, scale_NK: Tensor, stay: Frames, first_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x_t = stay_t (x_{t-1} + entering_{t-1}) and its scale; before the first frame the sum is e^first.
+
+    All blocks run side by side, at first each as if nothing came from the one before it; what they end with is then
+    passed on from block to block in logs, and the blocks run once more.
+    """
+    stays, sum_NK = stay.p_CNK.unbind(), entering_CNK[0]
+    for entering, p in zip(entering_CNK[1:].unbind(), stays[1:]):
+        sum_NK = torch.addcmul(entering, p, sum_NK)
+    total_NK = stay.log_NK.cumsum(1)
+    gained_NK = torch.cat([first_N[:, None], (sum_NK.log() + scale_NK - total_NK)[:, :-1]], dim=1)
+    from_last_NK = gained_NK.logcumsumexp(1) + nn.functional.pad(total_NK[:, :-1], (1, 0))
+
+    new_scale_NK = torch.maximum(scale_NK, from_last_NK)
+    entering_CNK = entering_CNK * (scale_NK - new_scale_NK).exp()
+    sums_CNK = torch.empty_like(entering_CNK)
+    sums_CNK[0] = (from_last_NK - new_scale_NK).exp()
+    for before, entering, p, after in zip(sums_CNK.unbind(), entering_CNK.unbind(), stays, sums_CNK[1:].unbind()):
+        torch.addcmul(entering, p, before, out=after)
+    return sums_CNK.mul_(stay.p_CNK), new_scale_NK
 
 
 def without_long_pauses(log_probs_BTW: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

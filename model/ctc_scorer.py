@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ctc_prefix import CTCPrefixes, Prefix, TokenBytes
+from .ctc_prefix import CTCPrefixes, Prefix, TokenBytes, joined
 from .decoding import MOST_CTC_CANDIDATES, StepScorer
 
 
@@ -35,13 +35,18 @@ class CTCGains:
 
     def step(self, tokens_R: Tensor) -> None:
         """Append one token to every row."""
+        said = self._continued(tokens_R[:, None])
         rows_R = torch.arange(len(tokens_R), device=tokens_R.device)
-        bytes_RY, lengths_R = self._spoken(rows_R, tokens_R)
-        self.prefix = self.ctc.moved_on(self._spelled_out(self.prefix, rows_R, bytes_RY, lengths_R, first=0))
+        for y in range(int(said.lengths_N.max())):
+            longer_R = y < said.lengths_N
+            rows_N = longer_R.nonzero()[:, 0]
+            place_R = torch.where(longer_R, longer_R.cumsum(0) - 1 + len(rows_R), rows_R)
+            longer = self.ctc.extend(self.prefix, rows_N, said.bytes_NY[rows_N, y])
+            self.prefix = longer if len(rows_N) == len(rows_R) else joined([self.prefix, longer]).of(place_R)
+        self.prefix = self.ctc.moved_on(self.prefix)
 
     def select(self, rows_R: Tensor) -> None:
         """Keep these rows, in this order."""
-        self.ctc.select(rows_R)
         self.prefix = self.prefix.of(rows_R)
 
     def of(self, *proposals: Tensor) -> Tensor:
@@ -52,22 +57,17 @@ class CTCGains:
         R, V = proposals[0].shape
         likeliest_RV = proposals[0] if len(proposals) == 1 else torch.stack(proposals).amax(0)
         token_RP = likeliest_RV.topk(min(MOST_CTC_CANDIDATES, V), dim=-1).indices
-        rows_N = torch.arange(R, device=token_RP.device).repeat_interleave(token_RP.shape[1])
-        bytes_NY, lengths_N = self._spoken(rows_N, token_RP.flatten())
-        begun, place_N = self._first_two_bytes(rows_N, bytes_NY, lengths_N)
-        gained_RP = (begun.score_R[place_N] - self.prefix.score_R[rows_N]).view_as(token_RP)
-        gained_RP = gained_RP.masked_fill(self.tokens.lengths_V[token_RP] == 0, -math.inf)
+        P, C = token_RP.shape[1], min(self.candidates, token_RP.shape[1])
+        begun = self._continued(token_RP)
+        begun.spell(2)
+        gained_RP = self._gained(token_RP, begun)
 
-        C = min(self.candidates, token_RP.shape[1])
         best_RC = torch.cat([self.mixed(p.gather(1, token_RP), gained_RP).topk(C).indices for p in proposals], dim=1)
-        chosen_N = (best_RC + torch.arange(R, device=best_RC.device)[:, None] * token_RP.shape[1]).flatten()
-        whole = self._spelled_out(
-            begun.of(place_N[chosen_N]), rows_N[chosen_N], bytes_NY[chosen_N], lengths_N[chosen_N], first=2
-        )
-        gained_RC = whole.score_R.view_as(best_RC) - self.prefix.score_R[:, None]
+        whole = begun.of((best_RC + torch.arange(R, device=best_RC.device)[:, None] * P).flatten())
+        whole.spell()
         token_RC = token_RP.gather(1, best_RC)
-        gained_RC = gained_RC.masked_fill(self.tokens.lengths_V[token_RC] == 0, -math.inf)
-        gained_RV = gained_RC.new_full((R, V), -math.inf).scatter(1, token_RC, gained_RC)
+        gained_RV = torch.full((R, V), -math.inf, dtype=torch.float64, device=token_RC.device)
+        gained_RV.scatter_(1, token_RC, self._gained(token_RC, whole))
         gained_RV[:, self.end] = self.ctc.whole(self.prefix) - self.prefix.score_R
         return gained_RV
 
@@ -77,37 +77,58 @@ class CTCGains:
         gained = gained.nan_to_num(nan=-math.inf, posinf=0.0, neginf=-math.inf)
         return (1 - self.weight) * llm.double() + self.weight * gained
 
-    def _spoken(self, rows_N: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's bytes and how many they are. A space at the very start of a transcript is not spoken."""
+    def _continued(self, tokens_RN: Tensor) -> "Continuations":
+        """Return the rows' prefixes, each about to be continued by the bytes of these tokens."""
+        rows_N = torch.arange(len(tokens_RN), device=tokens_RN.device).repeat_interleave(tokens_RN.shape[1])
+        tokens_N = tokens_RN.flatten()
         bytes_NY, lengths_N = self.tokens.bytes_VY[tokens_N], self.tokens.lengths_V[tokens_N]
+        # A space at the very start of a transcript is not spoken.
         silent_N = (self.prefix.last_R[rows_N] == -1) & self.tokens.starts_with_space_V[tokens_N]
         bytes_NY = torch.where(silent_N[:, None], bytes_NY.roll(-1, dims=1), bytes_NY)
-        return bytes_NY, lengths_N - silent_N.long()
+        return Continuations(self.ctc, self.prefix, rows_N, bytes_NY, lengths_N - silent_N.long())
 
-    def _first_two_bytes(self, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor) -> tuple[Prefix, Tensor]:
-        """Return the rows' prefixes with the first two bytes of each token, equal ones once, and which is token n's."""
-        group_N, prefix, row_G = rows_N, self.prefix, torch.arange(len(self.prefix.last_R), device=rows_N.device)
-        for y in range(min(2, bytes_NY.shape[1])):
-            # 256 for "no further byte": such a group goes on as it is.
-            byte_N = torch.where(y < lengths_N, bytes_NY[:, y], 256)
-            key_G, group_N = torch.unique(group_N * 257 + byte_N, return_inverse=True)
-            parent_G, byte_G = key_G // 257, key_G % 257
-            row_G = row_G[parent_G]
-            longer = (byte_G < 256).long()
-            prefix = self._spelled_out(prefix.of(parent_G), row_G, byte_G[:, None], longer, first=0)
-        return prefix, group_N
+    def _gained(self, tokens_RN: Tensor, spelled: "Continuations") -> Tensor:
+        gained_RN = spelled.score_N.view_as(tokens_RN) - self.prefix.score_R[:, None]
+        return gained_RN.masked_fill(self.tokens.lengths_V[tokens_RN] == 0, -math.inf)
 
-    def _spelled_out(
-        self, prefix: Prefix, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor, *, first: int
-    ) -> Prefix:
-        """Return `prefix`, N of the rows `rows_N`, with the bytes from number `first` on appended to each."""
-        prefix = Prefix(*(value.clone() for value in prefix))
-        for y in range(first, int(lengths_N.max())):
-            active = (y < lengths_N).nonzero()[:, 0]
-            longer = self.ctc.extend(prefix.of(active), rows_N[active], bytes_NY[active, y])
-            for old, new in zip(prefix, longer):
-                old[active] = new
-        return prefix
+
+class Continuations:
+    """N byte strings, each a continuation of a prefix, spelled byte by byte: a tree, in which strings of the same prefix
+    that begin alike share a node. To score a byte takes the node before it; nodes are made when a next byte needs them.
+    """
+
+    def __init__(self, ctc: CTCPrefixes, prefix: Prefix, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor):
+        self.ctc, self.nodes = ctc, prefix
+        self.node_N, self.bytes_NY, self.lengths_N = rows_N, bytes_NY, lengths_N
+        self.score_N = prefix.score_R[rows_N]  # of what has been spelled
+        self.spelled = 0
+
+    def of(self, strings_N: Tensor) -> "Continuations":
+        """Return some of the strings, as far as they are spelled."""
+        chosen = Continuations(
+            self.ctc, self.nodes, self.node_N[strings_N], self.bytes_NY[strings_N], self.lengths_N[strings_N]
+        )
+        chosen.score_N, chosen.spelled = self.score_N[strings_N], self.spelled
+        return chosen
+
+    def spell(self, most: int | None = None) -> None:
+        """Score the strings to their ends, or their first bytes, `most` of them."""
+        longest = int(self.lengths_N.max())
+        for y in range(self.spelled, longest if most is None else min(longest, most)):
+            active_N = (y < self.lengths_N).nonzero()[:, 0]
+            if y > 0:
+                parent_G, byte_G, group_N = self._groups(active_N, y - 1)
+                self.nodes = self.ctc.extend(self.nodes, parent_G, byte_G)
+                self.node_N = self.node_N.index_put((active_N,), group_N)
+            parent_G, byte_G, group_N = self._groups(active_N, y)
+            self.score_N = self.score_N.index_put((active_N,), self.ctc.scores(self.nodes, parent_G, byte_G)[group_N])
+            self.spelled = y + 1
+
+    def _groups(self, strings_N: Tensor, y: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the different nodes and bytes number y of these strings, and which of these pairs is string n's."""
+        keys_N = self.node_N[strings_N] * 256 + self.bytes_NY[strings_N, y]
+        key_G, group_N = torch.unique(keys_N, return_inverse=True)
+        return key_G // 256, key_G % 256, group_N
 
 
 class CTCScorer:

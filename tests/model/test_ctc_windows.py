@@ -89,11 +89,10 @@ def test_rows_move_on_their_own_and_what_fits_a_window_is_exact():
         one = alone.extend(one, rows[:1], torch.tensor([b]))
     assert prefix.score_R[1].item() == pytest.approx(one.score_R[0].item())
     assert ctc.whole(prefix)[1].item() == pytest.approx(alone.whole(one)[0].item())
-    assert prefix.start_R[1] == 0
-    ctc.select(rows[:1])
+    assert prefix.hop_R[1] == 0
     prefix = prefix.of(rows[:1])
     for a in string[len(other) :]:
         prefix = ctc.moved_on(ctc.extend(prefix, rows[:1], torch.tensor([a])))
-        assert prefix.on_RF.shape == (1, 200)
-    assert prefix.start_R[0] >= 600 - 200 - STRIDE
+        assert prefix.on_CRK.shape == (16, 1, 256 // 16)
+    assert prefix.hop_R[0] * STRIDE >= 600 - 256 - STRIDE
     assert math.isfinite(ctc.whole(prefix)[0].item())
