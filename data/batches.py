@@ -74,6 +74,18 @@ class PlannedBatches:
         planned = (micro_batch for step in self.plan.steps(epochs=1) for micro_batch in step.micro_batches)
         yield from (self.dataset[micro_batch] for micro_batch in islice(planned, count))
 
+    def first_seconds(self, seconds: float) -> list[MicroBatch]:
+        """Return the first micro-batches of an epoch that hold so much audio, or all: the same on every rank."""
+        found: list[MicroBatch] = []
+        planned, corpus = 0.0, self.plan.corpus
+        for step in self.plan.steps(epochs=1):
+            if planned >= seconds:
+                break
+            found += step.micro_batches
+            rows = [corpus.index(shard)[row] for m in step.micro_batches for shard, row in m.utterances]
+            planned += sum(int(at["samples"]) / int(at["sample_rate"]) for at in rows)
+        return found
+
 
 def make_loader(
     batches: PlannedBatches,

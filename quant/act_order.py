@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .rounding import ColumnGrid, inverse_factor
+from .rounding import ColumnGrid, spread_of
 
 
 class ActOrder:
@@ -22,20 +22,18 @@ class ActOrder:
         self.weight_KN = problem.weight_NK.t()[self.order_K]
 
     @cached_property
-    def factor_KK(self) -> Tensor:
-        """The factor of H's inverse that errors spread by, float32."""
-        return inverse_factor(self.problem.hessian_KK[self.order_K][:, self.order_K]).float()
+    def spread_KK(self) -> Tensor:
+        """How far a column's error moves each later one."""
+        return spread_of(self.problem.hessian_KK, self.order_K)
 
     @cached_property
     def hessian_KK(self) -> Tensor:
-        return self.problem.hessian32_KK[self.order_K][:, self.order_K]
+        return self.problem.hessian_KK[self.order_K[:, None], self.order_K]
 
     def grid(self, scale_NG: Tensor, zero_NG: Tensor) -> ColumnGrid:
         group_K = self.problem.group_of_column_K[self.order_K]
-        return ColumnGrid(scale_NG.t()[group_K], zero_NG.t()[group_K], top=self.problem.top)
+        return ColumnGrid(scale_NG.t().contiguous(), zero_NG.t().contiguous(), group_K, top=self.problem.top)
 
     def restored(self, codes_KN: Tensor) -> Tensor:
         """Return codes_NK, columns as they stand."""
-        codes_NK = torch.empty_like(self.problem.weight_NK)
-        codes_NK[:, self.order_K] = codes_KN.t()
-        return codes_NK
+        return codes_KN[torch.argsort(self.order_K)].t().contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..model.audio_llm import AudioLLM
 from ..model.speech_encoder import SpeechEncoder
-from .expert_layout import fused_experts
+from .expert_layout import fused_experts, routing_layers
 
 
 class Start(NamedTuple):
@@ -117,9 +117,14 @@ def _named(model: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
 def quantisable(model: nn.Module, block: str) -> dict[str, nn.Module]:
     """Return what can be quantised in a block by its full name: linear layers, and modules of fused experts.
 
-    Only nn.Linear itself: a subclass may do something else with its weight than multiply.
+    Only nn.Linear itself: a subclass may do something else with its weight than multiply. What only routes tokens to
+    experts stays as it is.
     """
     module = model.get_submodule(block)
-    experts = fused_experts(module)
-    found = {name: m for name, m in module.named_modules() if type(m) is nn.Linear or name in experts}
+    experts, routing = fused_experts(module), routing_layers(module)
+    found = {
+        name: m
+        for name, m in module.named_modules()
+        if name in experts or (type(m) is nn.Linear and name not in routing)
+    }
     return {f"{block}.{name}" if name else block: m for name, m in found.items()}

@@ -44,33 +44,36 @@ class BoxRounding:
         return self.ordered.problem.judged(self.ordered.restored(codes_KN), found.scale_NG, found.zero_NG)
 
     def codes(self, grid: ColumnGrid) -> Tensor:
-        """Return codes_KN."""
-        weight_KN, hessian_KK, factor_KK = self.ordered.weight_KN, self.ordered.hessian_KK, self.ordered.factor_KK
-        low_KN, high_KN = grid.box()
-        x_KN = torch.clamp(weight_KN, low_KN, high_KN)
-        codes_KN, pull_KN = torch.empty_like(x_KN), torch.zeros_like(x_KN)
+        """Return codes_KN (uint8)."""
+        weight_KN, hessian_KK, spread_KK = self.ordered.weight_KN, self.ordered.hessian_KK, self.ordered.spread_KK
+        low_KN, high_KN = grid.box()  # from here on all is seen from the weight: x, the box
+        low_KN -= weight_KN
+        high_KN -= weight_KN
+        x_KN = torch.clamp(torch.zeros_like(weight_KN), low_KN, high_KN)
+        codes_KN, pull_KN = torch.empty_like(x_KN, dtype=torch.uint8), torch.zeros_like(x_KN)
         K = len(x_KN)
         for start in range(0, K, self.columns):
-            here, later = slice(start, min(start + self.columns, K)), slice(start + self.columns, None)
-            left = slice(start, None)
-            steps = STEPS if start else FIRST_STEPS
-            self._settle(x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=steps)
-            codes_KN[here], errors_CN = grid.round_block(x_KN[here].clone(), factor_KK[here, here], here)
-            off_CN = torch.addcmul(grid.zero_KN[here], grid.scale_KN[here], codes_KN[here]) - weight_KN[here]
-            pull_KN[later].addmm_(hessian_KK[later, here], off_CN)
-            x_KN[later].addmm_(factor_KK[here, later].t(), errors_CN, alpha=-1)
+            here, left = slice(start, min(start + self.columns, K)), slice(start, None)
+            later = slice(start + self.columns, None)
+            self._settle(
+                x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=STEPS if start else FIRST_STEPS
+            )
+            rounded_CN = weight_KN[here] + x_KN[here]
+            codes_KN[here], errors_CN = grid.round_block(rounded_CN, spread_KK[here, here], here)
+            x_KN[later].addmm_(spread_KK[here, later].t(), errors_CN, alpha=-1)
             torch.clamp(x_KN[later], low_KN[later], high_KN[later], out=x_KN[later])
+            pull_KN[later].addmm_(hessian_KK[later, here], rounded_CN.sub_(errors_CN).sub_(weight_KN[here]))
         return codes_KN
 
     def _settle(
         self, x_LN: Tensor, low_LN: Tensor, high_LN: Tensor, pull_LN: Tensor, left: slice, *, steps: int
     ) -> None:
         """Move x_LN, in place, towards the minimum within the box, given the pull H[left, rounded] @ error."""
-        hessian_LL, weight_LN = self.ordered.hessian_KK[left, left], self.ordered.weight_KN[left]
+        hessian_LL, step_L1 = self.ordered.hessian_KK[left, left], self.step_K1[left]
         ahead_LN, momentum_N = x_LN.clone(), x_LN.new_ones(x_LN.shape[1])
         for _ in range(steps):
-            uphill_LN = torch.addmm(pull_LN, hessian_LL, ahead_LN - weight_LN)
-            new_LN = ahead_LN.addcmul_(uphill_LN, self.step_K1[left], value=-1)
+            uphill_LN = torch.addmm(pull_LN, hessian_LL, ahead_LN)
+            new_LN = ahead_LN.addcmul_(uphill_LN, step_L1, value=-1)
             torch.clamp(new_LN, low_LN, high_LN, out=new_LN)
             moved_LN = torch.sub(new_LN, x_LN)
             x_LN.copy_(new_LN)

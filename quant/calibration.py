@@ -18,28 +18,31 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .activations import ActivationStore, Stored, StoredInputs, device_of, hidden_of
+from .activations import StoredInputs
+from .block_moments import block_moments, shared_groups
 from .blocks import Part, quantisable
-from .door import capture
 from .expert_inputs import ReplayedCalls
 from .expert_layout import expert_layout
 from .expert_problems import ExpertProblem
 from .experts import quantise_experts
-from .kept_blocks import install_block, packed_block
+from .kept_blocks import finished_block, install_block
+from .layer_error import error_terms, relative_error
 from .linear import PackedLinear
 from .moments import InputMoments
 from .packed_experts import PackedExperts
+from .packed_model import replace_module
 from .ranks import Alone, Ranks
-from .shared_inputs import InputGroup, first_input, input_groups
+from .shared_inputs import InputGroup
 from .solution import LayerSolution
+from .streams import ReadBatches, Stream, store_in, touched, within
 from .targets import Target
 
 log = logging.getLogger(__name__)
@@ -97,13 +100,6 @@ class BlockReport:
     refinement: dict[str, Any] | None = None
 
 
-class Batches(NamedTuple):
-    """This rank's calibration batches. `read()` yields (number among those of all ranks, batch), each time anew."""
-
-    numbers: list[int]
-    read: Callable[[], Iterable[tuple[int, Any]]]
-
-
 class Calibration:
     """Quantises `model` in place. `folder` is for activations past the memory limit; all ranks see it."""
 
@@ -124,63 +120,45 @@ class Calibration:
         self.cfg, self.folder, self.kept, self.refine = cfg or CalibrationConfig(), Path(folder), kept, refine
         self.ranks, self.on_block = ranks or Alone(), on_block
 
-    def run(self, parts: Sequence[Part], batches: Batches, *, targets: Mapping[str, Target]) -> list[BlockReport]:
+    def run(self, parts: Sequence[Part], read: ReadBatches, *, targets: Mapping[str, Target]) -> list[BlockReport]:
         """Quantise the modules that `targets` names, which lie in blocks of `parts`, and report on every block."""
         spans = [(part, span) for part in parts if (span := touched(part, targets))]
         # The full-precision stream starts before anything is quantised, in all parts.
-        exact = {part.name: self._stream(part, span, batches, "exact") for part, span in spans} if self.refine else {}
+        exact = {part.name: self._stream(part, span, read, "exact") for part, span in spans} if self.refine else {}
         reports: list[BlockReport] = []
         for part, span in spans:
-            stream = self._stream(part, span, batches, "quantised")
+            streams = self._stream(part, span, read, "quantised"), exact.get(part.name)
             for block in span:
-                reports.append(self._block(block, stream, exact.get(part.name), _within(targets, block)))
+                reports.append(self._block(block, *streams, within(targets, block), last=block == span[-1]))
                 self.on_block(reports[-1])
-            for finished in (stream, exact.get(part.name)):
-                if finished is not None:
-                    finished.store.clear()
+            for stream in streams:
+                if stream is not None:
+                    stream.store.clear()
         self.ranks.barrier()
         if self.ranks.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         return reports
 
-    # ---- activations
-
-    def _stream(self, part: Part, span: list[str], batches: Batches, name: str) -> _Stream:
-        """Take every batch to the door of a part."""
-        # Rank 0 refines on all ranks' activations, which it finds in files.
-        shared = self.refine is not None and self.ranks.size > 1
-        limit = 0.0 if shared else self.cfg.memory_gb * 1e9 / (4 if self.refine else 1)
-        store = ActivationStore(self.folder, f"{part.name}-{name}", limit_bytes=limit)
-        around: dict[str, list] = {block: [] for block in span}
-        with torch.no_grad():
-            for number, batch in batches.read():
-                captured = capture(self.model, span, part.start(batch))
-                store.put(number, captured.hidden_BTD)
-                for block in span:
-                    around[block].append(captured.surroundings[block])
-        return _Stream(store, list(batches.numbers), around)
-
-    def _inputs(self, block: str, stream: _Stream) -> StoredInputs:
-        device = device_of(self.model.get_submodule(block))
-        return StoredInputs(Stored(stream.store, stream.numbers, device=device), stream.around[block])
-
-    def _advance(self, block: str, stream: _Stream) -> None:
-        """Send a stream through a block."""
-        module, inputs = self.model.get_submodule(block), self._inputs(block, stream)
-        with torch.no_grad():
-            for at, number in enumerate(stream.numbers):
-                given = inputs[at]
-                stream.store.put(number, hidden_of(module(*given.args, **given.kwargs)))
+    def _stream(self, part: Part, span: list[str], read: ReadBatches, name: str) -> Stream:
+        # Rank 0 refines on all ranks' activations, which it finds in files. The limit is shared by the streams of all
+        # parts: with refinement there are up to four, one of them on its way.
+        in_files = self.refine is not None and self.ranks.size > 1
+        gigabytes = 0.0 if in_files else self.cfg.memory_gb / (4 if self.refine else 1)
+        store = store_in(self.folder, f"{part.name}-{name}", gigabytes=gigabytes)
+        return Stream.at_the_door(self.model, part, span, read, store=store)
 
     # ---- one block
 
-    def _block(self, block: str, stream: _Stream, exact: _Stream | None, targets: Mapping[str, Target]) -> BlockReport:
+    def _block(
+        self, block: str, stream: Stream, exact: Stream | None, targets: Mapping[str, Target], *, last: bool
+    ) -> BlockReport:
+        """Quantise one block, or take it from what is kept, and send the batches on."""
         if exact is not None:
-            self._advance(block, exact)
+            exact.advance(block)
         found = self.kept.load(block) if self.kept is not None else None
         if found is not None:
             tensors, facts = found
-            install_block(self.model, block, tensors, facts["packed"], scale_dtype=self.scale_dtype)
+            install_block(self.model, block, tensors, facts["matrices"])
             report = read_report(facts["report"])
         else:
             report = BlockReport(block, self._quantise(block, stream, targets))
@@ -188,16 +166,17 @@ class Calibration:
                 assert exact is not None
                 report.refinement = self._refine(block, stream, exact)
             if self.kept is not None and self.ranks.rank == 0:
-                tensors, packed = packed_block(self.model, block)
-                self.kept.save(block, tensors, packed=packed, report=asdict(report))
+                tensors, matrices = finished_block(self.model, block)
+                self.kept.save(block, tensors, matrices=matrices, report=asdict(report))
             self.ranks.barrier()
-        self._advance(block, stream)
+        if not last:
+            stream.advance(block)
         return report
 
-    def _quantise(self, block: str, stream: _Stream, targets: Mapping[str, Target]) -> list[ModuleReport]:
+    def _quantise(self, block: str, stream: Stream, targets: Mapping[str, Target]) -> list[ModuleReport]:
         if not targets:
             return []
-        module, inputs = self.model.get_submodule(block), self._inputs(block, stream)
+        module, inputs = self.model.get_submodule(block), stream.inputs(block)
         modules = {name: one for name, one in quantisable(self.model, block).items() if name in targets}
         groups = shared_groups(module, modules, inputs, self.ranks)
         for name in set(modules) - {name for group in groups for name in group.names}:
@@ -212,7 +191,7 @@ class Calibration:
             for group in linear:
                 reports += self._solve_group(group, modules, moments[group.names[0]], targets)
             for name, (one, report) in packed.items():
-                replace(self.model, name, one)
+                replace_module(self.model, name, one)
                 reports.append(report)
             module = self.model.get_submodule(block)  # a block may be a linear layer itself
         return reports
@@ -245,7 +224,7 @@ class Calibration:
             solution, was = LayerSolution(codes_NK, scale_NG, zero_NG, *targets[name]), modules[name]
             packed = self._packed(name, solution, was.bias).to(was.weight.device)
             error = relative_error(packed.dequantised_NK(), was.weight, H_KK) if tokens else None
-            replace(self.model, name, packed)
+            replace_module(self.model, name, packed)
             reports.append(
                 ModuleReport(
                     name=name,
@@ -314,157 +293,18 @@ class Calibration:
             fallback="; ".join(f"{which}: {what}" for which, what in fallbacks.items()),
         )
 
-    def _refine(self, block: str, stream: _Stream, exact: _Stream) -> dict[str, Any]:
+    def _refine(self, block: str, stream: Stream, exact: Stream) -> dict[str, Any]:
         """Refine a block on rank 0, with the batches of all ranks in their order, and give the others what it made."""
         assert self.refine is not None
-        if self.ranks.size > 1:
-            stream, exact = self._everyones(block, stream), self._everyones(block, exact)
+        stream, exact = stream.of_all_ranks(block, self.ranks), exact.of_all_ranks(block, self.ranks)
         made = None
         if self.ranks.rank == 0:
-            module, device = self.model.get_submodule(block), device_of(self.model.get_submodule(block))
-            targets = Stored(exact.store, exact.numbers, device=device)
-            report = self.refine(module, self._inputs(block, stream), targets, name=block)
+            module = self.model.get_submodule(block)
+            report = self.refine(module, stream.inputs(block), exact.hidden(block), name=block)
             made = report, {key: value.cpu() for key, value in module.state_dict().items()}
         report, state = self.ranks.gather(made)[0]
         self.model.get_submodule(block).load_state_dict(state)
         return report
-
-    def _everyones(self, block: str, stream: _Stream) -> _Stream:
-        """Return a stream of all ranks' batches, whose activations all lie in files."""
-        shares = self.ranks.gather((stream.numbers, stream.around[block]))
-        every = sorted((pair for share in shares for pair in zip(*share)), key=lambda pair: pair[0])
-        return _Stream(stream.store, [number for number, _ in every], {block: [around for _, around in every]})
-
-
-class _Stream(NamedTuple):
-    """Where the batches of this rank stand, and what each block is called with beside them, batch by batch."""
-
-    store: ActivationStore
-    numbers: list[int]
-    around: dict[str, list]
-
-
-def touched(part: Part, targets: Mapping[str, Target]) -> list[str]:
-    """Return a part's blocks from the first to the last that has something to quantise."""
-    having = [at for at, block in enumerate(part.blocks) if _within(targets, block)]
-    return part.blocks[having[0] : having[-1] + 1] if having else []
-
-
-def _within(targets: Mapping[str, Target], block: str) -> dict[str, Target]:
-    return {name: target for name, target in targets.items() if name == block or name.startswith(f"{block}.")}
-
-
-def shared_groups(
-    block: nn.Module, modules: Mapping[str, nn.Module], inputs: Sequence, ranks: Ranks
-) -> list[InputGroup]:
-    """Return the same groups on all ranks: those of rank 0, and what only other ranks' batches reach after them."""
-    groups, known = [], set()
-    for share in ranks.gather(input_groups(block, modules, inputs)):
-        for group in share:
-            names = tuple(name for name in group.names if name not in known)
-            known |= set(names)
-            groups += [InputGroup(names, group.once)] if names else []
-    return groups
-
-
-class _Enough(Exception):
-    """Ends a pass of a block where nothing behind is needed."""
-
-
-def block_moments(
-    block: nn.Module,
-    groups: Sequence[InputGroup],
-    modules: Mapping[str, nn.Module],
-    inputs: StoredInputs,
-    *,
-    arithmetic: str,
-    ranks: Ranks,
-) -> dict[str, InputMoments]:
-    """Return the moments of each group's input, by the group's first name, from one pass over the batches."""
-    moments = {
-        group.names[0]: InputMoments(
-            modules[group.names[0]].in_features,
-            name=group.names[0],
-            device=modules[group.names[0]].weight.device,
-            arithmetic=arithmetic,
-        )
-        for group in groups
-    }
-    last = groups[-1].names[0] if len(groups) == 1 and groups[0].once else None
-    if groups:
-        _take_moments(block, moments, modules, inputs, last=last)
-    for one in moments.values():
-        one.merge(ranks)
-    return moments
-
-
-@torch.no_grad()
-def _take_moments(
-    block: nn.Module,
-    moments: Mapping[str, InputMoments],
-    modules: Mapping[str, nn.Module],
-    inputs: StoredInputs,
-    *,
-    last: str | None,
-) -> None:
-    now: dict[str, Any] = {}
-
-    def listener(name: str) -> Callable[..., None]:
-        def listen(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = first_input(args, kwargs)
-            moments[name].add(x, _mask_of(x, now["valid_BT"], name), batch=now["number"])
-            if name == last:
-                raise _Enough
-
-        return listen
-
-    hooks = [modules[name].register_forward_pre_hook(listener(name), with_kwargs=True) for name in moments]
-    try:
-        for number, given in zip(inputs.batches, _each(inputs)):
-            now |= {"number": number, "valid_BT": given.valid_BT}
-            try:
-                block(*given.args, **given.kwargs)
-            except _Enough:
-                pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _each(inputs: StoredInputs) -> Iterator:
-    return (inputs[at] for at in range(len(inputs)))
-
-
-def _mask_of(x: Tensor, valid_BT: Tensor | None, name: str) -> Tensor | None:
-    """Return which rows of x count. x is [B, T, K], or [B * T, K] as experts and routers see it."""
-    if valid_BT is None or x.shape[:-1] == valid_BT.shape:
-        return valid_BT
-    if x.dim() == 2 and len(x) == valid_BT.numel():
-        return valid_BT.reshape(-1)
-    raise ValueError(
-        f"{name}: its inputs {list(x.shape)} do not lie as its block's positions {list(valid_BT.shape)}, so that "
-        "padding cannot be told apart; leave the module out with a rule of bits=16"
-    )
-
-
-def error_terms(quantised_NK: Tensor, weight_NK: Tensor, H_KK: Tensor) -> tuple[float, float]:
-    """Return |(w~ - w) X|^2 / n and |w X|^2 / n."""
-    weight_NK, H_KK = weight_NK.detach().float(), H_KK.float()
-    difference_NK = quantised_NK.float().to(weight_NK.device) - weight_NK
-    lost, whole = ((rows_NK @ H_KK * rows_NK).sum(dtype=torch.float64) for rows_NK in (difference_NK, weight_NK))
-    return float(lost), float(whole)
-
-
-def relative_error(quantised_NK: Tensor, weight_NK: Tensor, H_KK: Tensor) -> float:
-    """Return |(w~ - w) X|^2 / |w X|^2; 0 where the layer gives nothing at all."""
-    lost, whole = error_terms(quantised_NK, weight_NK, H_KK)
-    return lost / whole if whole > 0 else 0.0
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that has this name."""
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
 
 
 def read_report(values: dict[str, Any]) -> BlockReport:

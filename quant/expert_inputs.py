@@ -34,8 +34,11 @@ class ExpertCall(NamedTuple):
         hidden, index, _ = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
         hidden_nK, index_nk = hidden.reshape(-1, hidden.shape[-1]), index.reshape(-1, index.shape[-1])
         valid_n = None if valid_BT is None else valid_BT.reshape(-1).to(hidden.device)
-        for what, count in (("expert choices", len(index_nk)), ("mask entries", len(hidden_nK if valid_n is None else valid_n))):
-            assert count == len(hidden_nK), f"{type(module).__name__}: {len(hidden_nK)} tokens, {count} {what}"
+        if not len(hidden_nK) == len(index_nk) == len(hidden_nK if valid_n is None else valid_n):
+            raise ValueError(
+                f"{type(module).__name__} is called with {list(hidden.shape)} for a batch of {list(valid_BT.shape)} "  # type: ignore[union-attr]
+                "positions, so that padding cannot be told apart; leave it out with a rule of bits=16"
+            )
         return cls(hidden_nK, index_nk, valid_n, batch)
 
     def everyone(self) -> Tensor:
@@ -55,8 +58,8 @@ class ReplayedCalls:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[ExpertCall]:
-        for number, batch in enumerate(self.inputs):
-            yield self._call(batch, number)
+        for number in range(len(self.inputs)):
+            yield self._call(self.inputs[number], number)
 
     def _call(self, batch: BlockInput, number: int) -> ExpertCall:
         def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -111,7 +114,9 @@ def expert_inputs(
         yield expert, x_nK
 
 
-def _gate_up(module: nn.Module, x_nK: Tensor, expert: int, *, layout: ExpertLayout, packed: PackedMatrices | None) -> Tensor:
+def _gate_up(
+    module: nn.Module, x_nK: Tensor, expert: int, *, layout: ExpertLayout, packed: PackedMatrices | None
+) -> Tensor:
     if packed is not None:
         return packed.one(x_nK, expert)
     bias_EN = layout.bias_EN(module, GATE_UP)

@@ -123,3 +123,19 @@ def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     vars(bare).update({key: value for key, value in vars(module).items() if key not in own})
     vars(bare)["_modules"] = dict(module._modules)
     return bare._apply_gate
+
+
+def routing_layers(model: nn.Module) -> set[str]:
+    """Return the names of the linear layers beside fused experts that say how much of whom a token gets.
+
+    Those have an output for every expert, or one (the gate of a shared expert). Most routers are no linear layer but a
+    module of their own; all of them stay in full precision: they are E x K weights, and a token that is sent elsewhere
+    costs more than those would save.
+    """
+    found = set()
+    for name, experts in fused_experts(model).items():
+        outputs = {1, *(len(weight) for weight in experts.parameters(recurse=False) if weight.dim() == 3)}
+        owner = name.rpartition(".")[0]
+        beside = model.get_submodule(owner).named_modules(prefix=owner)
+        found |= {other for other, module in beside if isinstance(module, nn.Linear) and module.out_features in outputs}
+    return found

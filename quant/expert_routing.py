@@ -25,7 +25,7 @@ def route(index_nk: Tensor, *, experts: int, valid_n: Tensor | None = None) -> R
 
     Indexes of `experts` and above choose none, as in transformers, where they are the experts of other processes.
     """
-    n, k = index_nk.shape
+    k = index_nk.shape[1]
     if valid_n is not None:
         index_nk = index_nk.masked_fill(~valid_n[:, None], experts)
     chosen_S = index_nk.reshape(-1).clamp(max=experts)

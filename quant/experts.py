@@ -41,8 +41,8 @@ def quantise_experts(
 ) -> QuantisedExperts:
     """Return packed experts for `module`, whose weights are not changed.
 
-    `solve` is called for each projection of each expert and decides on its bits; where the problem has no moments, round
-    to nearest is left. Experts that fell back are logged. The other arguments are those of `expert_problems`.
+    `solve` is called for each projection of each expert and decides on its bits; where the problem has no moments,
+    round to nearest is left. Experts that fell back are logged. The other arguments are those of `expert_problems`.
     """
     layout, packed, fallbacks = expert_layout(module, name=name), {}, {}
     for projection in PROJECTIONS:
@@ -65,9 +65,9 @@ def quantise_experts(
                 fallbacks[problem.name] = problem.calibrated_on
         if starved:
             log.warning(
-                "%s.%s: %d of %d experts saw too few tokens and were calibrated on %s: %s; more calibration data cures that",
-                name, projection, len(starved), layout.experts, problem.calibrated_on, ", ".join(starved),
-            )  # fmt: skip
+                "%s.%s: too few tokens for %d of %d experts, calibrated on %s: %s; more calibration data cures that",
+                *(name, projection, len(starved), layout.experts, problem.calibrated_on, ", ".join(starved)),
+            )
         packed[projection] = PackedMatrices.from_solutions(
             solutions, bias=layout.bias_EN(module, projection), scale_dtype=scale_dtype
         )

@@ -23,11 +23,9 @@ REFITS = 3
 
 
 def min_max(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return scale_NG and zero_NG of each group's range, zero in it; a group of zeros gets the range [-1, 1]."""
+    """Return scale_NG and zero_NG of each group's range, zero in it; a group of zeros has a scale of 0."""
     low_NG, high_NG = _ranges(problem)
     low_NG, high_NG = low_NG.clamp_max(0), high_NG.clamp_min(0)
-    empty_NG = low_NG == high_NG
-    low_NG, high_NG = torch.where(empty_NG, -1.0, low_NG), torch.where(empty_NG, 1.0, high_NG)
     return (high_NG - low_NG) / problem.top, low_NG
 
 
@@ -129,5 +127,5 @@ def _diagonal_blocks(problem: Problem) -> Tensor:
     for g in range(problem.groups):
         columns = slice(g * size, min((g + 1) * size, K))
         width = columns.stop - columns.start
-        blocks[g, :width, :width] = problem.hessian32_KK[columns, columns]
+        blocks[g, :width, :width] = problem.hessian_KK[columns, columns]
     return blocks

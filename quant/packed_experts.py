@@ -11,6 +11,7 @@ of a token and an expert that it goes to, D width of the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..model.float32_buffers import Float32Buffers
 from .expert_layout import DOWN, GATE_UP, PROJECTIONS, activation_of, expert_layout
 from .expert_routing import Routing, route
-from .linear import Layout, PackedLinear, as_computed, check_scale_dtype, dequantise
+from .linear import SCALE_DTYPES, Layout, PackedLinear, as_computed, check_scale_dtype, dequantise, form_of, layout_of
 from .packing import packed_rows
 from .solution import LayerSolution
 
@@ -104,8 +105,10 @@ class PackedMatrices(Float32Buffers):
 
     def forward(self, x_SK: Tensor, routing: Routing) -> Tensor:
         """Return y_SN: each pair's row through the matrix of its expert."""
+        if not routing.experts:
+            return x_SK.new_zeros(0, self.layout.N)
         parts = zip(routing.experts, x_SK.split(routing.counts))
-        return torch.cat([x_SK.new_empty(0, self.layout.N), *(self.one(x_nK, expert) for expert, x_nK in parts)])
+        return torch.cat([self.one(x_nK, expert) for expert, x_nK in parts])
 
     def extra_repr(self) -> str:
         N, K, bits, group_size = self.layout
@@ -178,13 +181,57 @@ class PackedExperts(nn.Module):
             )
         return cls.in_place_of(module, made)
 
+    def matrices(self) -> dict[str, dict[str, Any]]:
+        """Return what config.json says about both projections; see packed_model.PackedModule."""
+        return {
+            projection: form_of(matrices.layout, scale_zero=matrices.scale_zero)
+            for projection, matrices in ((GATE_UP, self.gate_up), (DOWN, self.down))
+        }
+
+    @classmethod
+    def place_for(cls, module: nn.Module, forms: Mapping[str, Mapping[str, Any]], *, name: str) -> "PackedExperts":
+        """Return a place for a file's values that stands for `module`; ValueError where that has other experts."""
+        layout = expert_layout(module, name=name)
+        there = {projection: [layout.experts, *layout.shapes[projection]] for projection in PROJECTIONS}
+        packed = {projection: list(form["shape"]) for projection, form in forms.items()}
+        if packed != there:
+            raise ValueError(
+                f"{name} is packed as experts {packed}, and the model has {type(module).__name__} {there} there; "
+                "config.json does not belong to these weights"
+            )
+        made = {}
+        for projection, form in forms.items():
+            made[projection] = PackedMatrices.empty(
+                layout_of(form, name=f"{name}.{projection}"),
+                experts=layout.experts,
+                scale_dtype=SCALE_DTYPES[form["scale_dtype"]],
+                bias=layout.bias_EN(module, projection),
+                device=getattr(module, layout.parameters[projection]).device,
+            )
+        return cls.in_place_of(module, made)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, shaped as hidden_states [n, D] and of their type."""
-        n, k = top_k_index.shape
-        routing = route(top_k_index, experts=len(self.gate_up.codes))
-        # Through [n, k, D], which costs no memory: gradients of a token are then summed in order as well.
-        x_SD = as_computed(hidden_states)[:, None].expand(n, k, -1)[routing.tokens_S, routing.slots_S]
-        y_SD = self.down(self.activate(self.gate_up(x_SD, routing)), routing)
-        y_SD = y_SD * top_k_weights[routing.tokens_S, routing.slots_S, None]
-        out_nkD = y_SD.new_zeros(n, k, y_SD.shape[1]).index_put((routing.tokens_S, routing.slots_S), y_SD)
-        return out_nkD.sum(1).to(hidden_states.dtype)
+        return mixed(
+            hidden_states, top_k_index, top_k_weights, gate_up=self.gate_up, activate=self.activate, down=self.down
+        )
+
+
+def mixed(
+    hidden_nD: Tensor,
+    index_nk: Tensor,
+    weights_nk: Tensor,
+    *,
+    gate_up: nn.Module,
+    activate: Callable[[Tensor], Tensor],
+    down: nn.Module,
+) -> Tensor:
+    """Return the weighted sum of each token's experts; the projections are called with (x_SK, routing)."""
+    n, k = index_nk.shape
+    routing = route(index_nk, experts=len(gate_up.codes))  # type: ignore[arg-type]
+    # Through [n, k, D], which costs no memory: gradients of a token are then summed in order as well.
+    x_SD = as_computed(hidden_nD)[:, None].expand(n, k, -1)[routing.tokens_S, routing.slots_S]
+    y_SD = down(activate(gate_up(x_SD, routing)), routing)
+    y_SD = y_SD * weights_nk[routing.tokens_S, routing.slots_S, None]
+    out_nkD = y_SD.new_zeros(n, k, y_SD.shape[1]).index_put((routing.tokens_S, routing.slots_S), y_SD)
+    return out_nkD.sum(1).to(hidden_nD.dtype)

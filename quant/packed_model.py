@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from .linear import PackedLinear
+from .packed_experts import PackedExperts
 from .storage import Storage, storage_of
 from .tuned import TunedLinear
+from .tuned_experts import TunedExperts
 
 
 class Kind(NamedTuple):
@@ -24,6 +26,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "linear": Kind(PackedLinear, TunedLinear),
+    "experts": Kind(PackedExperts, TunedExperts),
 }
 
 

@@ -21,11 +21,12 @@ from .solution import LayerSolution, check_bits, columns_of_groups, group_count
 
 DAMPING = 0.01
 FORM_BLOCKS = 6
-ASYMMETRY = 1e-3  # relative to the largest entry; a second moment has none but rounding
+ASYMMETRY = 1e-3  # relative to the largest diagonal entry; a second moment has none but rounding
+CHUNK_ELEMENTS = 1 << 24  # of H that are checked and scaled at a time: 128 MB in float64
 
 
 class Quantised(NamedTuple):
-    """A state of the search: whole-number codes_NK in float32, scale_NG, zero_NG and the damped errors_N."""
+    """A state of the search: codes_NK (uint8), scale_NG, zero_NG and the damped errors_N."""
 
     codes_NK: Tensor
     scale_NG: Tensor
@@ -41,12 +42,13 @@ class Quantised(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    weight_NK: Tensor  # float32, of root mean square 1
-    hessian_KK: Tensor  # float64, damped, of mean diagonal 1.01
+    weight_NK: Tensor  # float32, each row of root mean square 1
+    hessian_KK: Tensor  # float32, symmetric, damped, of mean diagonal 1.01
     bits: int
     group_size: int
-    weight_unit: float | Tensor
-    hessian_unit: float | Tensor
+    unit_N: Tensor  # float64, root mean square of each row
+    hessian_unit: Tensor
+    dead_K: Tensor  # columns that have had no input but zeros
 
     @classmethod
     def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
@@ -59,14 +61,14 @@ class Problem:
         weight_NK = weight_NK.detach()
         if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
             raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
-        hessian_KK = _checked(hessian_KK, weight_NK)
-        hessian_unit = hessian_KK.diagonal().mean()
-        hessian_unit = torch.where(hessian_unit > 0, hessian_unit, 1.0)
-        hessian_KK = hessian_KK / hessian_unit
+        unit_N = torch.linalg.vector_norm(weight_NK, dim=1, dtype=torch.float64) / K**0.5
+        unit_N = torch.where(unit_N > 0, unit_N, 1.0)
+        hessian_KK, hessian_unit = _scaled_hessian(hessian_KK, weight_NK)
+        dead_K = hessian_KK.diagonal() == 0
         hessian_KK.diagonal().add_(DAMPING)
-        weight_unit = weight_NK.double().square().mean().sqrt()
-        weight_unit = torch.where(weight_unit > 0, weight_unit, 1.0)
-        return cls((weight_NK.double() / weight_unit).float(), hessian_KK, bits, group_size, weight_unit, hessian_unit)
+        scaled_NK = torch.empty(N, K, device=weight_NK.device)
+        torch.div(weight_NK, unit_N[:, None], out=scaled_NK)
+        return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit, dead_K)
 
     @property
     def top(self) -> int:
@@ -78,15 +80,12 @@ class Problem:
         return group_count(self.weight_NK.shape[1], self.group_size)
 
     @cached_property
-    def hessian32_KK(self) -> Tensor:
-        return self.hessian_KK.float()
-
-    @cached_property
     def group_of_column_K(self) -> Tensor:
         columns_K = torch.arange(self.weight_NK.shape[1], device=self.weight_NK.device)
         return columns_K // self.group_size if self.group_size > 0 else torch.zeros_like(columns_K)
 
     def expand(self, values_NG: Tensor) -> Tensor:
+        """Return values_NK: each column has the value of its group."""
         return columns_of_groups(values_NG, self.weight_NK.shape[1], self.group_size)
 
     def group_sums(self, values_NK: Tensor) -> Tensor:
@@ -98,10 +97,13 @@ class Problem:
             values_NK = torch.nn.functional.pad(values_NK, (0, -K % size))
         return values_NK.unflatten(-1, (-1, size)).sum(-1)
 
+    def off_NK(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+        """Return w~ - w."""
+        return torch.addcmul(self.expand(zero_NG), self.expand(scale_NG), codes_NK.float()).sub_(self.weight_NK)
+
     def errors_N(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
         """Return each row's error under the damped H."""
-        off_NK = torch.addcmul(self.expand(zero_NG), self.expand(scale_NG), codes_NK) - self.weight_NK
-        return quadratic_form_N(off_NK, self.hessian32_KK)
+        return quadratic_form_N(self.off_NK(codes_NK, scale_NG, zero_NG), self.hessian_KK)
 
     def judged(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Quantised:
         return Quantised(codes_NK, scale_NG, zero_NG, self.errors_N(codes_NK, scale_NG, zero_NG))
@@ -109,22 +111,23 @@ class Problem:
     def nearest(self, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
         """Return codes_NK by rounding to nearest, ties up."""
         inverse_NK = self.expand(torch.where(scale_NG == 0, 0.0, 1 / scale_NG))
-        return (((self.weight_NK - self.expand(zero_NG)) * inverse_NK) + 0.5).floor_().clamp_(0, self.top)
+        return (self.weight_NK - self.expand(zero_NG)).mul_(inverse_NK).add_(0.5).clamp_(0, self.top).to(torch.uint8)
 
     def solution(self, found: Quantised) -> LayerSolution:
-        """Return the answer in the units of the weight and of H."""
-        errors_N = self._undamped_errors_N(found) * (self.weight_unit**2 * self.hessian_unit)
+        """Return the answer in the units of weight and H, with the nearest codes where a column has no inputs."""
+        errors_N = self._undamped_errors_N(found) * (self.unit_N**2 * self.hessian_unit)
+        nearest_NK = self.nearest(found.scale_NG, found.zero_NG)
         return LayerSolution(
-            codes_NK=found.codes_NK.to(torch.uint8),
-            scale_NG=(found.scale_NG.double() * self.weight_unit).float(),
-            zero_NG=(found.zero_NG.double() * self.weight_unit).float(),
+            codes_NK=torch.where(self.dead_K, nearest_NK, found.codes_NK),
+            scale_NG=(found.scale_NG * self.unit_N[:, None]).float(),
+            zero_NG=(found.zero_NG * self.unit_N[:, None]).float(),
             bits=self.bits,
             group_size=self.group_size,
             row_errors_N=errors_N,
         )
 
     def _undamped_errors_N(self, found: Quantised) -> Tensor:
-        off_NK = self.expand(found.zero_NG) + self.expand(found.scale_NG) * found.codes_NK - self.weight_NK
+        off_NK = self.off_NK(*found[:3])
         return (found.errors_N.double() - DAMPING * off_NK.double().square().sum(1)).clamp_min(0)
 
 
@@ -141,22 +144,31 @@ def quadratic_form_N(x_NK: Tensor, hessian_KK: Tensor) -> Tensor:
     return total_N
 
 
-def _checked(hessian_KK: Tensor | None, weight_NK: Tensor) -> Tensor:
-    """Return the Hessian symmetric in float64, on the weight's device."""
-    K = weight_NK.shape[1]
+def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the checked Hessian, symmetric, divided by its mean diagonal, in float32; and that mean."""
+    K, device = weight_NK.shape[1], weight_NK.device
     if hessian_KK is None:
-        return torch.eye(K, dtype=torch.float64, device=weight_NK.device)
+        return torch.eye(K, device=device), torch.ones((), dtype=torch.float64, device=device)
     if hessian_KK.shape != (K, K):
         raise ValueError(f"hessian_KK has shape {tuple(hessian_KK.shape)}, and a weight of {K} columns needs {(K, K)}")
-    hessian_KK = hessian_KK.detach().to(weight_NK.device, torch.float64)
-    if not hessian_KK.isfinite().all():
+    hessian_KK = hessian_KK.detach().to(device)
+    diagonal_K = hessian_KK.diagonal().double()
+    largest = diagonal_K.max()
+    mean = torch.where(largest > 0, diagonal_K.mean(), 1.0)
+    scaled_KK = torch.empty(K, K, device=device)
+    finite, asymmetry = True, 0.0
+    for rows in torch.arange(K, device=device).split(max(1, CHUNK_ELEMENTS // K)):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        there, across = hessian_KK[rows].double(), hessian_KK[:, rows].t().double()
+        finite = finite and bool(there.isfinite().all())
+        asymmetry = max(asymmetry, (there - across).abs().max().item())
+        scaled_KK[rows] = (there + across) / (2 * mean)
+    if not finite:
         raise ValueError(
             f"hessian_KK ({K} x {K}) has NaN or infinite values: an activation was none; leave out the batch it is from"
         )
-    diagonal_K = hessian_KK.diagonal()
     if (lowest := diagonal_K.min().item()) < 0:
         raise ValueError(f"hessian_KK has {lowest:g} on its diagonal; a second moment X^T X / n has no negative values")
-    asymmetry = (hessian_KK - hessian_KK.t()).abs().max().item()
-    if asymmetry > ASYMMETRY * hessian_KK.abs().max().item():
+    if asymmetry > ASYMMETRY * largest.item():
         raise ValueError(f"hessian_KK is not symmetric (by {asymmetry:g}); a second moment X^T X / n is")
-    return (hessian_KK + hessian_KK.t()) / 2
+    return scaled_KK, mean

@@ -11,7 +11,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-BITS = (2, 3, 4, 8)
+from .packing import plane_columns
+from .solution import BITS
+
 UNTOUCHED = 16
 
 
@@ -44,8 +46,10 @@ def require_bits(what: str, bits: int, *, also_untouched: bool = False) -> None:
 
 
 def require_group_size(what: str, group_size: int) -> None:
-    if group_size != -1 and group_size < 1:
-        raise ValueError(f"{what} is {group_size}; give a number of input channels such as 64, or -1 for a whole row")
+    try:
+        plane_columns(group_size)
+    except ValueError as error:
+        raise ValueError(f"{what} is {group_size}: {error}") from None
 
 
 def choose_targets(
@@ -67,6 +71,11 @@ def choose_targets(
                 was.group_size if rule.group_size is None else rule.group_size,
             )
     return {name: target for name, target in targets.items() if target.bits != UNTOUCHED}
+
+
+def fixed_by_rules(names: Iterable[str], rules: Sequence[QuantRule]) -> set[str]:
+    """Return the modules whose bits a rule gives: a budget leaves them alone."""
+    return {name for name in names for rule in rules if rule.bits is not None and fnmatchcase(name, rule.pattern)}
 
 
 def _near(rule: QuantRule, targets: Mapping[str, Target]) -> str:

@@ -8,6 +8,7 @@ STAGES: dict[str, str] = {
     "sft": "seedling.stages.sft:SFT",
     "context_sft": "seedling.stages.context_sft:ContextSFT",
     "mwer": "seedling.stages.mwer:MWER",
+    "quantize": "seedling.stages.quantize:Quantize",
     "tune_decoding": "seedling.stages.tune_decoding:TuneDecoding",
     "evaluate": "seedling.stages.evaluate:Evaluate",
 }

@@ -170,7 +170,7 @@ class ClusterLabels:
         first_S = np.cumsum([0, *(len(corpus.index(shard)) for shard in range(len(corpus.shards)))])
         frames = [torch.zeros(0, encoder.encoder.cfg.dim, device=self.world.device)]
         ids = [torch.zeros(0, dtype=torch.int64)]
-        planned = planned_until(data, enough_seconds)[self.world.rank :: self.world.size]
+        planned = data.first_seconds(enough_seconds)[self.world.rank :: self.world.size]
         for batch, utterances in self._batches(data, planned):
             h_BTD, lengths_B = encoder(batch.waveforms_BN, batch.lengths_B)
             number_B = torch.tensor([int(first_S[shard]) + row for shard, row in utterances])
@@ -238,7 +238,7 @@ class ClusterLabels:
         if refused:
             first = f"{refused[0].key}: {refused[0].reason}"
             log.warning(f"{shard}: {len(refused)} utterances are not labelled, the first {first}")
-        planned = planned_until(data, math.inf) if len(refused) < len(rows) else []
+        planned = data.first_seconds(math.inf) if len(refused) < len(rows) else []
         for batch, utterances in self._batches(data, planned):
             labels_BT, frames_B = labeler(batch.waveforms_BN, batch.lengths_B)
             lengths = zip(utterances, labels_BT.cpu().numpy(), frames_B.tolist(), batch.lengths_B.tolist())
@@ -272,18 +272,6 @@ def what_decides_the_centroids(cfg: ClusterLabelsConfig) -> dict[str, str]:
         "data.train": Corpus.open(cfg.data.train).fingerprint,
         "settings": json.dumps({**settings, "seed": cfg.seed, "limits": asdict(cfg.data.limits)}),
     }
-
-
-def planned_until(data: PlannedBatches, seconds: float) -> list[MicroBatch]:
-    """Return the first micro-batches of an epoch that hold so much audio, or all."""
-    found, planned, corpus = [], 0.0, data.dataset.corpus
-    for step in data.plan.steps(epochs=1):
-        if planned >= seconds:
-            break
-        found += step.micro_batches
-        rows = [corpus.index(shard)[row] for m in step.micro_batches for shard, row in m.utterances]
-        planned += sum(int(at["samples"]) / int(at["sample_rate"]) for at in rows)
-    return found
 
 
 def usable(batch: AudioBatch, micro_batch: MicroBatch, corpus: Corpus) -> list[tuple[int, int]]:

@@ -49,6 +49,14 @@ class World:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def sum_floats(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum over ranks of float64 values on the CPU; the same bits on every rank."""
+        if self.size > 1:
+            assert values.dtype == torch.float64 and values.device.type == "cpu"
+            values = values.clone()
+            dist.all_reduce(values, group=self.control)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:

@@ -17,7 +17,6 @@ from transformers import (
 from seedling.model.audio_llm import AudioLLM
 from seedling.model.conformer import ConformerConfig, ConformerEncoder
 from seedling.quant.blocks import SpeechPrompts
-from seedling.quant.calibration import Batches
 from seedling.quant.solution import LayerSolution, group_count
 
 SHAPE = {
@@ -95,20 +94,20 @@ def speech_batches(count: int = 3, *, seed: int = 0) -> list[SpeechPrompts]:
     return batches
 
 
-def as_batches(batches: list, *, rank: int = 0, size: int = 1) -> Batches:
-    numbers = list(range(rank, len(batches), size))
-    return Batches(numbers, lambda: ((number, batches[number]) for number in numbers))
+def reader(batches: list, *, rank: int = 0, size: int = 1):
+    """Return what reads a rank's share of the batches."""
+    return lambda: ((number, batches[number]) for number in range(rank, len(batches), size))
 
 
 class GridSolver:
-    """Round to nearest on the grid between a group's extremes; notes weights and H in the order in which it is asked."""
+    """Round to nearest on the grid between a group's extremes; notes weights and H in the order of the calls."""
 
     def __init__(self):
         self.asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def __call__(self, weight_NK, hessian_KK, *, bits, group_size, method="default") -> LayerSolution:
         self.asked.append((weight_NK.clone(), hessian_KK))
-        N, K = weight_NK.shape
+        K = weight_NK.shape[1]
         g = K if group_size == -1 else group_size
         G = group_count(K, group_size)
         scales, zeros, codes = [], [], []

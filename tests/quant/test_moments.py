@@ -1,4 +1,4 @@
-"""InputMoments: numpy's X^T X / n over valid tokens, whatever padding holds, and one clear error for what is not finite.
+"""InputMoments: numpy's X^T X / n over valid tokens, whatever padding holds; one clear error for what is not finite.
 
 Shape letters: n tokens, K channels.
 """
@@ -101,7 +101,7 @@ def test_nan_on_another_rank_is_an_error_on_this_one():
     first, second = InputMoments(2, name="layer"), InputMoments(2, name="layer")
     first.add(torch.ones(1, 2), batch=0)
     second.add(torch.full((1, 2), float("nan")), batch=1)
-    with pytest.raises(ValueError, match="layer: .*batch 1"):
+    with pytest.raises(ValueError, match=r"layer: .*batch 1"):
         first.merge(TwoRanks([first, second]))
 
 
