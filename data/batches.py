@@ -75,7 +75,7 @@ class PlannedBatches:
         yield from (self.dataset[micro_batch] for micro_batch in islice(planned, count))
 
     def first_seconds(self, seconds: float) -> list[MicroBatch]:
-        """Return the first planned micro-batches of an epoch that hold so much audio, or all: the same on every rank."""
+        """Return the first micro-batches of an epoch that hold so much audio, or all: the same on every rank."""
         found: list[MicroBatch] = []
         planned, corpus = 0.0, self.plan.corpus
         for step in self.plan.steps(epochs=1):

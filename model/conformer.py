@@ -128,7 +128,7 @@ class Subsampling(nn.Module):
         features_BTF = torch.where(valid_frames(frames_B, features_BTF.shape[1]), features_BTF, 0.0)
         # The first convolution is patches times a matrix: over one input channel, conv2d's weight gradient alone takes
         # 56 ms a minute of audio on one core (32 channels); this takes 14 ms in all.
-        padded_BTF = nn.functional.pad(features_BTF.to(self.proj.weight.dtype), (1, 1, 1, 1))
+        padded_BTF = nn.functional.pad(features_BTF.to(self.conv2.weight.dtype), (1, 1, 1, 1))  # proj may be packed
         patches_BTF9 = padded_BTF.unfold(1, 3, 2).unfold(2, 3, 2).flatten(-2)
         x_BTFC = nn.functional.relu(self.conv1(patches_BTF9))
         x_BTFC = x_BTFC * valid_frames(halved(frames_B), x_BTFC.shape[1])[..., None].to(x_BTFC.dtype)

@@ -130,6 +130,12 @@ def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
 
     present = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
     targets = [name for name in settings.target_modules if name in present]
+    for name, module in llm.named_modules():
+        if name.rsplit(".", 1)[-1] in settings.target_modules and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which takes no adapter: leave it out of lora.target_modules "
+                f"({settings.target_modules}), or start from a model whose weights are not packed"
+            )
     if not targets:
         raise ValueError(
             f"lora.target_modules ({settings.target_modules}) names no linear layer of {type(llm).__name__}; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .rounding import ColumnGrid, feedback_of
+from .rounding import ColumnGrid, spread_of
 
 
 class ActOrder:
@@ -22,9 +22,9 @@ class ActOrder:
         self.weight_KN = problem.weight_NK.t()[self.order_K]
 
     @cached_property
-    def feedback_KK(self) -> Tensor:
-        """How much of a column's error each later one takes on."""
-        return feedback_of(self.problem.hessian_KK, self.order_K)
+    def spread_KK(self) -> Tensor:
+        """How far a column's error moves each later one."""
+        return spread_of(self.problem.hessian_KK, self.order_K)
 
     @cached_property
     def hessian_KK(self) -> Tensor:

@@ -13,7 +13,7 @@ Shape letters: B sequences, T positions, D width, n valid positions; targets may
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,22 +62,25 @@ class RefineConfig:
 
 @dataclass
 class RefineReport:
-    """What became of a block. Losses are held-out ones, over the variance of the held-out targets.
+    """What became of a block. Losses are mean squared errors on the held-out sequences, folded to 16 bits.
 
-    `best` is the lowest after an epoch, `after` what the block now has: `best` if it was kept, else `before`.
+    `before` and `after`, that of the block as it now is, are in the units of the activations; divided by `variance`,
+    that of the held-out targets, they compare between blocks.
     """
 
     before: float
     after: float
-    best: float
-    best_epoch: int  # 0: the block as it came
-    epochs: int
+    variance: float
+    epoch_losses: list[float]
+    best_epoch: int  # 0: the block stayed bit for bit as it came
     steps: int
-    kept: bool
     stopped: str  # why
-    loss_before: float  # held-out mean squared error, in the units of the activations
-    loss_after: float
     held_out_positions: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether the block is what refinement made of it."""
+        return self.best_epoch > 0
 
 
 def refine_block(
@@ -106,23 +109,18 @@ def refine_block(
     stopped = run.train() if before > 0 else "the loss is 0"
     if run.best_state is not None:
         own.load_state_dict(run.best_state, strict=False)
-    relative = 1 / variance if variance > 0 else 1.0
-    report = RefineReport(
-        before=before * relative,
-        after=min(run.best, before) * relative,
-        best=run.best * relative,
+    else:
+        log.warning("%s: refinement did not lower the held-out loss (%s); the block stays as it was", name, stopped)
+    return RefineReport(
+        before=before,
+        after=run.losses[run.best_epoch - 1] if run.best_epoch else before,
+        variance=variance,
+        epoch_losses=run.losses,
         best_epoch=run.best_epoch,
-        epochs=run.epochs,
         steps=run.steps,
-        kept=run.best_state is not None,
         stopped=stopped,
-        loss_before=before,
-        loss_after=min(run.best, before),
         held_out_positions=data.held_out_positions,
     )
-    if not report.kept:
-        log.warning("%s: refinement did not lower the held-out loss (%s); the block stays as it was", name, stopped)
-    return report
 
 
 class _Held(nn.Module):
@@ -134,7 +132,7 @@ class _Held(nn.Module):
 
 
 class _Run:
-    """The training of one block; `best_state` has what is to be stored of it after its best epoch, if any was better."""
+    """The training of one block; `best_state` is what is to be stored of it after its best epoch, if one was better."""
 
     def __init__(
         self, own: _Held, learner: _Held, judge: _Held, data: "_Data", before: float, cfg: RefineConfig, name: str
@@ -147,19 +145,18 @@ class _Run:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-8)
         self.rates = [group["lr"] for group in groups]
         self.mean_norm: Tensor | None = None
-        self.best, self.best_epoch, self.best_state = math.inf, 0, None
-        self.epochs = self.steps = 0
+        self.steps, self.losses = 0, []  # held-out loss after each epoch
+        self.best_epoch, self.best_state = 0, None
 
     def train(self) -> str:
         """Run the epochs and return why they ended."""
         generator = torch.Generator().manual_seed(self.cfg.seed)
         plan = [self.data.steps(self.cfg.batch, generator) for _ in range(self.cfg.epochs)]
-        total, better = sum(map(len, plan)), 0
+        total = sum(map(len, plan))
         for epoch, steps in enumerate(plan, 1):
             for batches in steps:
                 if not self._step(batches, total):
                     return f"the loss of step {self.steps + 1} is not finite"
-            self.epochs = epoch
             try:
                 state = folded_state(self.learner, self.own)
             except ValueError as error:
@@ -168,11 +165,10 @@ class _Run:
             loss = self.data.held_out_loss(self.judge)
             if not math.isfinite(loss):
                 return f"the held-out loss of epoch {epoch} is not finite"
-            if loss < self.best:
-                self.best, better = loss, epoch
-                if loss < self.before:
-                    self.best_epoch, self.best_state = epoch, state
-            if epoch - better >= self.cfg.patience:
+            if loss < min([self.before, *self.losses]):
+                self.best_epoch, self.best_state = epoch, state
+            self.losses.append(loss)
+            if epoch - 1 - self.losses.index(min(self.losses)) >= self.cfg.patience:
                 return f"no better for {self.cfg.patience} epochs"
         return "all epochs done"
 
@@ -304,7 +300,11 @@ class _Data:
         for at in self.held_out:
             given, target_BTD = self._batch(at)
             target_nD = target_BTD[self._counts(given, target_BTD, self.split.held_out[at])].double()
-            sums_D, squares, count = sums_D + target_nD.sum(0), squares + target_nD.square().sum(), count + len(target_nD)
+            sums_D, squares, count = (
+                sums_D + target_nD.sum(0),
+                squares + target_nD.square().sum(),
+                count + len(target_nD),
+            )
         return max(0.0, float((squares - (sums_D / count).square().sum() * count) / (count * len(sums_D))))
 
     def _batch(self, at: int) -> _Batch:

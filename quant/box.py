@@ -45,7 +45,7 @@ class BoxRounding:
 
     def codes(self, grid: ColumnGrid) -> Tensor:
         """Return codes_KN (uint8)."""
-        weight_KN, hessian_KK, feedback_KK = self.ordered.weight_KN, self.ordered.hessian_KK, self.ordered.feedback_KK
+        weight_KN, hessian_KK, spread_KK = self.ordered.weight_KN, self.ordered.hessian_KK, self.ordered.spread_KK
         low_KN, high_KN = grid.box()  # from here on all is seen from the weight: x, the box
         low_KN -= weight_KN
         high_KN -= weight_KN
@@ -55,12 +55,14 @@ class BoxRounding:
         for start in range(0, K, self.columns):
             here, left = slice(start, min(start + self.columns, K)), slice(start, None)
             later = slice(start + self.columns, None)
-            self._settle(x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=STEPS if start else FIRST_STEPS)
-            solved_CN = weight_KN[here] + x_KN[here]
-            codes_KN[here], errors_CN = grid.round_block(solved_CN, solved_CN.clone(), feedback_KK[here, here], here)
-            x_KN[later].addmm_(feedback_KK[here, later].t(), errors_CN)
+            self._settle(
+                x_KN[left], low_KN[left], high_KN[left], pull_KN[left], left, steps=STEPS if start else FIRST_STEPS
+            )
+            rounded_CN = weight_KN[here] + x_KN[here]
+            codes_KN[here], errors_CN = grid.round_block(rounded_CN, spread_KK[here, here], here)
+            x_KN[later].addmm_(spread_KK[here, later].t(), errors_CN, alpha=-1)
             torch.clamp(x_KN[later], low_KN[later], high_KN[later], out=x_KN[later])
-            pull_KN[later].addmm_(hessian_KK[later, here], x_KN[here] - errors_CN)
+            pull_KN[later].addmm_(hessian_KK[later, here], rounded_CN.sub_(errors_CN).sub_(weight_KN[here]))
         return codes_KN
 
     def _settle(

@@ -18,7 +18,7 @@ class GPTQRounding:
     def __call__(self, found: Quantised) -> Quantised:
         """Return codes for the scales and zeros of a state, judged."""
         grid = self.ordered.grid(found.scale_NG, found.zero_NG)
-        codes_KN = gptq_codes(self.ordered.weight_KN, grid, self.ordered.feedback_KK)
+        codes_KN = gptq_codes(self.ordered.weight_KN, grid, self.ordered.spread_KK)
         return self.ordered.problem.judged(self.ordered.restored(codes_KN), found.scale_NG, found.zero_NG)
 
 

@@ -17,7 +17,9 @@ class MixedTargets(Sequence):
         if not 0 <= share <= 1:
             raise ValueError(f"the share of the full-precision path in a target is {share}; give a number from 0 to 1")
         if len(full) != len(own):
-            raise ValueError(f"{len(full)} targets of the full-precision path and {len(own)} of the block cannot be mixed")
+            raise ValueError(
+                f"{len(full)} targets of the full path and {len(own)} own ones cannot be mixed; give as many"
+            )
         self.full, self.own, self.share = full, own, share
 
     def __len__(self) -> int:

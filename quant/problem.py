@@ -48,6 +48,7 @@ class Problem:
     group_size: int
     unit_N: Tensor  # float64, root mean square of each row
     hessian_unit: Tensor
+    dead_K: Tensor  # columns that have had no input but zeros
 
     @classmethod
     def of(cls, weight_NK: Tensor, hessian_KK: Tensor | None, *, bits: int, group_size: int) -> Problem:
@@ -63,9 +64,11 @@ class Problem:
         unit_N = torch.linalg.vector_norm(weight_NK, dim=1, dtype=torch.float64) / K**0.5
         unit_N = torch.where(unit_N > 0, unit_N, 1.0)
         hessian_KK, hessian_unit = _scaled_hessian(hessian_KK, weight_NK)
+        dead_K = hessian_KK.diagonal() == 0
+        hessian_KK.diagonal().add_(DAMPING)
         scaled_NK = torch.empty(N, K, device=weight_NK.device)
         torch.div(weight_NK, unit_N[:, None], out=scaled_NK)
-        return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit)
+        return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit, dead_K)
 
     @property
     def top(self) -> int:
@@ -111,10 +114,11 @@ class Problem:
         return (self.weight_NK - self.expand(zero_NG)).mul_(inverse_NK).add_(0.5).clamp_(0, self.top).to(torch.uint8)
 
     def solution(self, found: Quantised) -> LayerSolution:
-        """Return the answer in the units of the weight and of H."""
+        """Return the answer in the units of weight and H, with the nearest codes where a column has no inputs."""
         errors_N = self._undamped_errors_N(found) * (self.unit_N**2 * self.hessian_unit)
+        nearest_NK = self.nearest(found.scale_NG, found.zero_NG)
         return LayerSolution(
-            codes_NK=found.codes_NK,
+            codes_NK=torch.where(self.dead_K, nearest_NK, found.codes_NK),
             scale_NG=(found.scale_NG * self.unit_N[:, None]).float(),
             zero_NG=(found.zero_NG * self.unit_N[:, None]).float(),
             bits=self.bits,
@@ -141,10 +145,10 @@ def quadratic_form_N(x_NK: Tensor, hessian_KK: Tensor) -> Tensor:
 
 
 def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the checked Hessian, symmetric, divided by its mean diagonal and damped, in float32; and that mean."""
+    """Return the checked Hessian, symmetric, divided by its mean diagonal, in float32; and that mean."""
     K, device = weight_NK.shape[1], weight_NK.device
     if hessian_KK is None:
-        return torch.eye(K, device=device) * (1 + DAMPING), torch.ones((), dtype=torch.float64, device=device)
+        return torch.eye(K, device=device), torch.ones((), dtype=torch.float64, device=device)
     if hessian_KK.shape != (K, K):
         raise ValueError(f"hessian_KK has shape {tuple(hessian_KK.shape)}, and a weight of {K} columns needs {(K, K)}")
     hessian_KK = hessian_KK.detach().to(device)
@@ -167,5 +171,4 @@ def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tenso
         raise ValueError(f"hessian_KK has {lowest:g} on its diagonal; a second moment X^T X / n has no negative values")
     if asymmetry > ASYMMETRY * largest.item():
         raise ValueError(f"hessian_KK is not symmetric (by {asymmetry:g}); a second moment X^T X / n is")
-    scaled_KK.diagonal().add_(DAMPING)
     return scaled_KK, mean

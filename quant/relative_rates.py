@@ -31,9 +31,9 @@ def relative_groups(
     rates: dict[str, tuple[nn.Parameter, float, float]] = {}  # parameter, its size, rate relative to it
     for path, module in block.named_modules():
         own = dict(module.named_parameters(prefix=path, recurse=False))
-        if norms and "norm" in type(module).__name__.lower():
+        if "norm" in type(module).__name__.lower():
             size = _rms(module.weight) if getattr(module, "weight", None) is not None else 0.0
-            rates |= {key: (one, size, norm_lr) for key, one in own.items()}
+            rates |= {key: (one, size, norm_lr) for key, one in own.items() if norms}
         elif biases:
             biases_of = {key: one for key, one in own.items() if key.rpartition(".")[2] == "bias"}
             rates |= {key: (one, _rms(one), lr) for key, one in biases_of.items()}
@@ -44,8 +44,7 @@ def relative_groups(
     still = [key for key, (_, size, _) in rates.items() if size == 0]
     if still:
         log.warning("%s: %s: all zeros, which no learning rate is relative to; refinement leaves them", name, still)
-    groups = [{"params": [one.requires_grad_()], "lr": rate * size} for one, size, rate in rates.values() if size]
-    return groups
+    return [{"params": [one.requires_grad_()], "lr": rate * size} for one, size, rate in rates.values() if size]
 
 
 def _rms(values: torch.Tensor) -> float:

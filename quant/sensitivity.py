@@ -93,9 +93,10 @@ class SensitivityReport:
         linear = [group for group in groups if type(modules[group.names[0]]) is nn.Linear]
         moments = block_moments(module, linear, modules, inputs, arithmetic=self.arithmetic, ranks=self.ranks)
         mine: dict[str, Terms] = {}
-        for at, (name, group) in enumerate((name, group) for group in linear for name in group.names):
+        first_of = {name: group.names[0] for group in linear for name in group.names}
+        for at, (name, first) in enumerate(first_of.items()):
             if at % self.ranks.size == self.ranks.rank:
-                H_KK = moments[group.names[0]].mean_KK().float()
+                H_KK = moments[first].mean_KK().float()
                 mine[name] = self._terms(modules[name].weight, H_KK, targets[name].group_size)
         terms = {name: one for share in self.ranks.gather(mine) for name, one in share.items()}
         for group in groups:
@@ -149,14 +150,15 @@ def read_sensitivity(values: dict[str, Any]) -> Sensitivity:
 
 
 def choose_bits(
-    measured: Sequence[Sensitivity], *, budget: float, fixed: Mapping[str, int] | None = None
+    measured: Sequence[Sensitivity], *, budget: float, candidates: Sequence[int], fixed: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Return the bits of each module, so that stored bits per weight are at most `budget` on the average.
 
-    Modules in `fixed` keep theirs, which count. ValueError where even the fewest bits cost more.
+    Each has one of `candidates`; modules in `fixed` keep theirs, which count as well. ValueError where even the fewest
+    bits cost more.
     """
     weights, fixed = sum(one.weights for one in measured), fixed or {}
-    chosen = {one.name: fixed.get(one.name, min(one.errors)) for one in measured}
+    chosen = {one.name: fixed.get(one.name, min(candidates)) for one in measured}
     left = budget * weights - sum(one.bits_per_weight[chosen[one.name]] * one.weights for one in measured)
     if left < 0:
         least = budget - left / weights
@@ -168,7 +170,7 @@ def choose_bits(
         steps = []
         for one in (one for one in measured if one.name not in fixed):
             now = chosen[one.name]
-            for bits in sorted(one.errors):
+            for bits in candidates:
                 cost = (one.bits_per_weight[bits] - one.bits_per_weight[now]) * one.weights
                 gain = one.errors[now] - one.errors[bits]
                 if bits > now and gain > 0 and cost <= left:

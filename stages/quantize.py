@@ -120,7 +120,7 @@ class Quantize:
             targets = within_budget(cfg, targets, sensitivity)
         calibration = Calibration(
             model,
-            solve=partial(solve_layer, method=cfg.method) if cfg.method != "default" else solve_layer,
+            solve=partial(solve_layer, method=cfg.method),
             scale_dtype=SCALE_DTYPES[cfg.scale_dtype],
             cfg=cfg.calibration,
             folder=folder / "activations",
@@ -138,11 +138,9 @@ class Quantize:
             writer.facts |= acllm_facts(model) | {"codes": codes_hash(model)}
             writer.metrics |= summary_metrics(blocks, storage=storage)
             worst = worst_module(blocks)
-            said = "" if worst is None else f"; largest error {worst.error:.4f} in {worst.name}"
-            print(
-                f"{storage.bits_per_weight:.3f} bits per packed weight, the model {storage.ratio:.2f} times as small{said}",
-                flush=True,
-            )
+            print(f"{storage.bits_per_weight:.3f} bits per packed weight, the model {storage.ratio:.2f} times as small")
+            if worst is not None:
+                print(f"largest error {worst.error:.4f}, in {worst.name}", flush=True)
 
     # ---- calibration audio
 
@@ -190,7 +188,7 @@ class Quantize:
         cfg = self.cfg
         report = SensitivityReport(
             model,
-            candidates=cfg.candidates,
+            candidates=sorted({*cfg.candidates, *(targets[name].bits for name in fixed_by_rules(targets, cfg.rules))}),
             solve=partial(solve_layer, method=cfg.budget_method),
             scale_dtype=SCALE_DTYPES[cfg.scale_dtype],
             folder=kept.folder / "activations",
@@ -210,10 +208,8 @@ class Quantize:
             errors = [one.error for one in block.modules if one.error is not None]
             refined = block.refinement
             after = f", refined {refined['before']:.4f} -> {refined['after']:.4f}" if refined else ""
-            print(
-                f"{block.name}: {len(block.modules)} modules, largest error {max(errors, default=0):.4f}{after}",
-                flush=True,
-            )
+            said = f"{block.name}: {len(block.modules)} modules, largest error {max(errors, default=0):.4f}"
+            print(said + after, flush=True)
 
 
 def wanted_targets(cfg: QuantizeConfig, model: AudioLLM, parts: list[Part]) -> dict[str, Target]:
@@ -233,7 +229,8 @@ def wanted_targets(cfg: QuantizeConfig, model: AudioLLM, parts: list[Part]) -> d
 def within_budget(cfg: QuantizeConfig, targets: dict[str, Target], measured: list[Sensitivity]) -> dict[str, Target]:
     """Return the targets with bits dealt out; a module keeps those that a rule gives it."""
     fixed = fixed_by_rules(targets, cfg.rules)
-    bits = choose_bits(measured, budget=cfg.budget, fixed={name: targets[name].bits for name in fixed})
+    given = {name: targets[name].bits for name in fixed}
+    bits = choose_bits(measured, budget=cfg.budget, candidates=sorted(cfg.candidates), fixed=given)
     return {name: Target(bits[name], target.group_size) for name, target in targets.items()}
 
 

@@ -3,6 +3,7 @@
 import argparse
 import glob
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
 
-    inspect_ = commands.add_parser("inspect", help="print an artifact's manifest, lineage and parameter counts")
+    inspect_ = commands.add_parser(
+        "inspect", help="print an artifact's manifest, lineage, parameter counts and bits per weight"
+    )
     inspect_.add_argument("artifact")
     inspect_.set_defaults(action=inspect)
 
@@ -212,6 +215,8 @@ def inspect(arguments: argparse.Namespace) -> None:
             print(f"{title[:-1] if title == 'facts' else 'metric'}  {name}: {yaml_scalar(value)}")
     for name, count in parameters_by_part(folder).items():
         print(f"parameters  {name}: {count:,}")
+    for line in packed_lines(folder):
+        print(f"packed  {line}")
     for file, described in manifest["files"].items():
         print(f"file  {file}: {yaml_scalar(described)}")
     for ancestor in lineage(folder):
@@ -222,16 +227,63 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def parameters_by_part(folder: Path) -> dict[str, int]:
-    """Count the numbers in an artifact's safetensors by top-level module, from their headers alone."""
-    from safetensors import safe_open
+    """Count the numbers in an artifact's safetensors by top-level module, from their headers alone.
 
+    A packed matrix counts as many as it stands for.
+    """
     counts: dict[str, int] = {}
-    for file in sorted(folder.rglob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict: it cannot be iterated over
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                part = name.partition(".")[0]
-                counts[part] = counts.get(part, 0) + size
+    forms = packed_forms(folder)
+    for name, header in _tensors(folder).items():
+        matrix, _, tensor = name.rpartition(".")
+        count = math.prod(header["shape"])
+        if matrix in forms and tensor in ("codes", "scale_zero"):
+            count = math.prod(forms[matrix]["shape"]) if tensor == "codes" else 0
+        part = name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + count
     return counts | {"total": sum(counts.values())} if counts else {}
+
+
+def packed_lines(folder: Path) -> list[str]:
+    """Say how many bits packed weights take, one line for matrices that differ in numbers only; none: nothing packed."""
+    from ...quant.storage import storage_of
+
+    forms = packed_forms(folder)
+    if not forms:
+        return []
+    sizes = {name: end - start for name, header in _tensors(folder).items() for start, end in [header["data_offsets"]]}
+    storage = storage_of(forms, sizes)
+    lines = []
+    for matrix in storage.by_pattern():
+        group = "per channel" if matrix.form["group_size"] == -1 else f"groups of {matrix.form['group_size']}"
+        count = f"{matrix.count} x " if matrix.count > 1 else ""
+        shape = f"{count}{'x'.join(map(str, matrix.form['shape']))}"
+        lines.append(
+            f"{matrix.name}: {shape}, {matrix.form['bits']} bits, {group}, {matrix.form['scale_dtype']}: "
+            f"{matrix.bits_per_weight:.3f} bits per weight"
+        )
+    return [
+        *lines,
+        f"in all: {storage.weights:,} weights of {storage.bits_per_weight:.3f} bits; with everything else "
+        f"{storage.total_bits / 8e6:.3f} MB, {storage.ratio:.2f} times as small as with 16 bits a weight",
+    ]
+
+
+def packed_forms(folder: Path) -> dict[str, Any]:
+    """Return the form of each packed matrix of an artifact by its name; empty where nothing is packed."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return {}
+    return json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}).get("matrices", {})
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """Return shape and data_offsets of every tensor in an artifact's safetensors, from their headers alone.
+
+    The header is JSON behind its length, eight bytes little-endian (https://huggingface.co/docs/safetensors).
+    """
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        found |= {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    return found

@@ -1,4 +1,4 @@
-"""Synthetic layers with outlier channels and heavy tails, and the errors that the official decoupleQ code reached on them.
+"""Synthetic layers with outlier channels and heavy tails, and the official decoupleQ code's errors on them.
 
 `make_layer` follows a published generator draw for draw, so that the recorded numbers hold for its layers.
 Shape letters: R rows = output channels, K columns = input channels, n inputs, r factors.
@@ -18,8 +18,8 @@ OFFICIAL = {
 def make_layer(rows: int, cols: int, seed: int, *, n_cal: int | None = None, n_test: int = 4096):
     """Return W_RK, calibration inputs [n_cal or 8 * cols, K] and held-out inputs [n_test, K], float64.
 
-    W is Student-t (10 degrees of freedom) with log-normal row scales; inputs are cols / 8 factors with power-law energies
-    plus noise, log-normal channel scales, and one channel in a hundred eight times larger.
+    W is Student-t (10 degrees of freedom) with log-normal row scales; inputs are cols / 8 factors with power-law
+    energies plus noise, log-normal channel scales, and one channel in a hundred eight times larger.
     """
     rng = np.random.default_rng(seed)
     n_cal = n_cal or 8 * cols

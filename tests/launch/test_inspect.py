@@ -1,0 +1,71 @@
+"""What `seedling inspect` says about packed weights."""
+
+from pathlib import Path
+
+from packed_layers import make_recogniser, pack_all
+
+from seedling.launch.cli import main
+from seedling.launch.commands.artifacts import parameters_by_part
+from seedling.quant.hf import declare_packed
+from seedling.quant.packed_model import model_storage
+from seedling.stages.runtime.artifacts import ArtifactWriter
+
+
+def write_artifact(folder: Path, model) -> None:
+    writer = ArtifactWriter(folder, "acllm", "quantize").start()
+    model.save_pretrained(writer.path)
+    writer.finish()
+
+
+def test_inspect_prints_bits_per_weight_by_repeated_module_and_overall(tmp_path, capsys):
+    model = make_recogniser()
+    pack_all(model, bits=3, group_size=-1)
+    declare_packed(model)
+    write_artifact(tmp_path / "packed", model)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "packed")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("packed")]
+    # Of 80 columns in the space of 256 at 3 bits, and one scale and zero a row.
+    bits = (3 * 256 + 32) / 80
+    assert (
+        f"packed  llm.model.layers.*.mlp.down_proj: 2 x 48x80, 3 bits, per channel, bfloat16: {bits:.3f} bits per weight"
+        in lines
+    )
+    storage = model_storage(model)
+    assert lines[-1] == (
+        f"packed  in all: {storage.weights:,} weights of {storage.bits_per_weight:.3f} bits; with everything else "
+        f"{storage.total_bits / 8e6:.3f} MB, {storage.ratio:.2f} times as small as with 16 bits a weight"
+    )
+
+
+def test_packing_does_not_change_the_number_of_parameters(tmp_path):
+    model = make_recogniser()
+    write_artifact(tmp_path / "plain", model)
+    pack_all(model)
+    declare_packed(model)
+    write_artifact(tmp_path / "packed", model)
+    counts = parameters_by_part(tmp_path / "plain")
+    assert counts == parameters_by_part(tmp_path / "packed")
+    assert counts["total"] == sum(value.numel() for value in make_recogniser().state_dict().values()) - tied(model)
+
+
+def tied(model) -> int:
+    head = model.llm.get_output_embeddings().weight
+    return head.numel() if head is model.llm.get_input_embeddings().weight else 0
+
+
+def test_an_artifact_with_nothing_packed_has_no_such_line(tmp_path, capsys):
+    write_artifact(tmp_path / "plain", make_recogniser())
+    assert main(["inspect", str(tmp_path / "plain")]) == 0
+    assert "\npacked" not in capsys.readouterr().out
+
+
+def test_a_config_that_names_what_the_files_lack_is_an_error(tmp_path, capsys):
+    model = make_recogniser()
+    pack_all(model)
+    declare_packed(model)
+    model.config.quantization_config.matrices["llm.lost"] = {"bits": 2, "shape": [1, 1]}
+    write_artifact(tmp_path / "packed", model)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "packed")]) == 2
+    assert "llm.lost is said to be packed" in capsys.readouterr().err
