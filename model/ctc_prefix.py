@@ -80,7 +80,7 @@ class CTCPrefixes:
         past_BT = torch.arange(T, device=lengths_B.device) >= lengths_B[:, None]
         # Nothing can be said behind an utterance's end, so padding adds nothing to any sum.
         log_probs_BTW = log_probs_BTW.masked_fill(past_BT[..., None], -math.inf)
-        if T <= window:  # one window, and one hop, hold it all
+        if window >= T:  # one window, and one hop, hold it all
             hop, self.hops_of_window = max(1, -(-T // BLOCK)), 1
             self.hops = 1
         else:  # a window may end in padding
@@ -126,16 +126,16 @@ class CTCPrefixes:
         frames = self._frames(prefix.utterance_R[rows_N], bytes_N, prefix.hop_R[rows_N], self.hops_of_window)
         return _score(before_CNK, scale_NK, frames, first_N)
 
-    def extend(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> Prefix:
-        """Return the prefixes in `rows_N` with one byte appended to each."""
+    def extend(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor, *, score_N: Tensor | None = None) -> Prefix:
+        """Return the prefixes in `rows_N` with one byte appended to each. `score_N` are their `scores`, if known."""
         utterance_N, hop_N = prefix.utterance_R[rows_N], prefix.hop_R[rows_N]
         byte = self._frames(utterance_N, bytes_N, hop_N, self.hops_of_window)
         blank = self._frames(utterance_N, torch.full_like(bytes_N, -1), hop_N, self.hops_of_window)
         before_CNK, scale_NK, first_N = self._before(prefix, rows_N, bytes_N)
-        score_N = _score(before_CNK, scale_NK, byte, first_N)
-        states = _last_byte_and_blank(
-            before_CNK, scale_NK, byte, blank, on_N=first_N, blank_N=torch.full_like(first_N, -math.inf)
-        )
+        if score_N is None:
+            score_N = _score(before_CNK, scale_NK, byte, first_N)
+        never_N = torch.full_like(first_N, -math.inf)
+        states = _last_byte_and_blank(before_CNK, scale_NK, byte, blank, on_N=first_N, blank_N=never_N)
         return Prefix(*states, score_N, bytes_N, hop_N, utterance_N)
 
     def _before(self, prefix: Prefix, rows_N: Tensor, bytes_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

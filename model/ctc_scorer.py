@@ -93,8 +93,10 @@ class CTCGains:
 
 
 class Continuations:
-    """N byte strings, each a continuation of a prefix, spelled byte by byte: a tree, in which strings of the same prefix
-    that begin alike share a node. To score a byte takes the node before it; nodes are made when a next byte needs them.
+    """N byte strings, each a continuation of a prefix, spelled byte by byte.
+
+    They make a tree: those of a prefix that begin alike share a node. To score a byte takes the node before it, and
+    nodes are made only when a next byte needs them: most strings' last byte costs no recursion over frames.
     """
 
     def __init__(self, ctc: CTCPrefixes, prefix: Prefix, rows_N: Tensor, bytes_NY: Tensor, lengths_N: Tensor):
@@ -118,7 +120,8 @@ class Continuations:
             active_N = (y < self.lengths_N).nonzero()[:, 0]
             if y > 0:
                 parent_G, byte_G, group_N = self._groups(active_N, y - 1)
-                self.nodes = self.ctc.extend(self.nodes, parent_G, byte_G)
+                score_G = self.score_N.new_empty(len(parent_G)).index_put((group_N,), self.score_N[active_N])
+                self.nodes = self.ctc.extend(self.nodes, parent_G, byte_G, score_N=score_G)
                 self.node_N = self.node_N.index_put((active_N,), group_N)
             parent_G, byte_G, group_N = self._groups(active_N, y)
             self.score_N = self.score_N.index_put((active_N,), self.ctc.scores(self.nodes, parent_G, byte_G)[group_N])
