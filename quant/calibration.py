@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .activations import StoredInputs
+from .activations import ActivationStore, StoredInputs
 from .block_moments import block_moments, shared_groups
 from .blocks import Part, quantisable
 from .expert_inputs import ReplayedCalls
@@ -36,13 +36,14 @@ from .experts import quantise_experts
 from .kept_blocks import finished_block, install_block
 from .layer_error import error_terms, relative_error
 from .linear import PackedLinear
+from .mixed_targets import MixedTargets
 from .moments import InputMoments
 from .packed_experts import PackedExperts
 from .packed_model import replace_module
 from .ranks import Alone, Ranks
 from .shared_inputs import InputGroup
 from .solution import LayerSolution
-from .streams import ReadBatches, Stream, store_in, touched, within
+from .streams import ReadBatches, Stream, touched, within
 from .targets import Target
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,14 @@ class CalibrationConfig:
 
     true_sequential: bool = True  # False: all modules of a block on one pass of its full-precision form
     arithmetic: str = "float64"  # float32: products of 1,024 tokens in float32, where float64 is slow
+    # Of the full-precision path in a block's targets of refinement: 1 repairs what came before the block as well, 0 is
+    # the official decoupleQ, where a block learns its own full-precision output on inputs of the quantised path.
+    full_share: float = 1.0
     memory_gb: float = 8.0  # of activations that a rank keeps on the host; what is past it lies in files
 
     def __post_init__(self):
+        if not 0 <= self.full_share <= 1:
+            raise ValueError(f"calibration.full_share is {self.full_share}; give a share from 0 to 1")
         if self.memory_gb < 0:
             raise ValueError(f"calibration.memory_gb is {self.memory_gb}; give gigabytes, 0 to keep all in files")
 
@@ -123,14 +129,17 @@ class Calibration:
     def run(self, parts: Sequence[Part], read: ReadBatches, *, targets: Mapping[str, Target]) -> list[BlockReport]:
         """Quantise the modules that `targets` names, which lie in blocks of `parts`, and report on every block."""
         spans = [(part, span) for part in parts if (span := touched(part, targets))]
-        # The full-precision stream starts before anything is quantised, in all parts.
-        exact = {part.name: self._stream(part, span, read, "exact") for part, span in spans} if self.refine else {}
+        exact: dict[str, Stream] = {}
+        if self.refine and self.cfg.full_share:
+            # The full-precision stream starts before anything is quantised, in all parts.
+            exact = {part.name: self._stream(part, span, read, "exact") for part, span in spans}
         reports: list[BlockReport] = []
         for part, span in spans:
             streams = self._stream(part, span, read, "quantised"), exact.get(part.name)
             for block in span:
                 reports.append(self._block(block, *streams, within(targets, block), last=block == span[-1]))
                 self.on_block(reports[-1])
+            self.ranks.barrier()  # files are deleted for all
             for stream in streams:
                 if stream is not None:
                     stream.store.clear()
@@ -140,12 +149,14 @@ class Calibration:
         return reports
 
     def _stream(self, part: Part, span: list[str], read: ReadBatches, name: str) -> Stream:
-        # Rank 0 refines on all ranks' activations, which it finds in files. The limit is shared by the streams of all
-        # parts: with refinement there are up to four, one of them on its way.
+        return Stream.at_the_door(self.model, part, span, read, store=self._store(f"{part.name}-{name}"))
+
+    def _store(self, name: str) -> ActivationStore:
+        # Rank 0 refines on all ranks' activations, which it finds in files. The limit is shared by all streams: with
+        # refinement one for each of three parts, and one or two on their way.
         in_files = self.refine is not None and self.ranks.size > 1
-        gigabytes = 0.0 if in_files else self.cfg.memory_gb / (4 if self.refine else 1)
-        store = store_in(self.folder, f"{part.name}-{name}", gigabytes=gigabytes)
-        return Stream.at_the_door(self.model, part, span, read, store=store)
+        gigabytes = 0.0 if in_files else self.cfg.memory_gb / (5 if self.refine else 1)
+        return ActivationStore(self.folder, name, limit_bytes=gigabytes * 1e9)
 
     # ---- one block
 
@@ -161,10 +172,12 @@ class Calibration:
             install_block(self.model, block, tensors, facts["matrices"])
             report = read_report(facts["report"])
         else:
+            own = None
+            if self.refine is not None and targets and self.cfg.full_share < 1:
+                own = stream.behind(block, store=self._store("own"))
             report = BlockReport(block, self._quantise(block, stream, targets))
             if self.refine is not None and report.modules:
-                assert exact is not None
-                report.refinement = self._refine(block, stream, exact)
+                report.refinement = self._refine(block, stream, exact, own)
             if self.kept is not None and self.ranks.rank == 0:
                 tensors, matrices = finished_block(self.model, block)
                 self.kept.save(block, tensors, matrices=matrices, report=asdict(report))
@@ -293,14 +306,16 @@ class Calibration:
             fallback="; ".join(f"{which}: {what}" for which, what in fallbacks.items()),
         )
 
-    def _refine(self, block: str, stream: Stream, exact: Stream) -> dict[str, Any]:
+    def _refine(self, block: str, stream: Stream, exact: Stream | None, own: Stream | None) -> dict[str, Any]:
         """Refine a block on rank 0, with the batches of all ranks in their order, and give the others what it made."""
         assert self.refine is not None
-        stream, exact = stream.of_all_ranks(block, self.ranks), exact.of_all_ranks(block, self.ranks)
+        inputs = stream.of_all_ranks(block, self.ranks).inputs(block)
+        full, owned = (one and one.of_all_ranks(block, self.ranks).hidden(block) for one in (exact, own))
+        targets = MixedTargets(full, owned, share=self.cfg.full_share) if full and owned else full or owned
         made = None
         if self.ranks.rank == 0:
             module = self.model.get_submodule(block)
-            report = self.refine(module, stream.inputs(block), exact.hidden(block), name=block)
+            report = self.refine(module, inputs, targets, name=block)
             made = report, {key: value.cpu() for key, value in module.state_dict().items()}
         report, state = self.ranks.gather(made)[0]
         self.model.get_submodule(block).load_state_dict(state)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activations import ActivationStore
 from .block_moments import block_moments, shared_groups
 from .blocks import Part, quantisable
 from .expert_inputs import ReplayedCalls
@@ -26,7 +27,7 @@ from .layer_error import error_terms
 from .linear import PackedLinear
 from .ranks import Alone, Ranks
 from .solution import LayerSolution
-from .streams import ReadBatches, Stream, store_in, touched, within
+from .streams import ReadBatches, Stream, touched, within
 from .targets import Target
 
 Terms = dict[int, tuple[float, float, float]]  # bits -> error and output, both squared, and bits stored
@@ -67,12 +68,13 @@ class SensitivityReport:
         for part in parts:
             if not (span := touched(part, targets)):
                 continue
-            store = store_in(self.folder, f"{part.name}-sensitivity", gigabytes=self.memory_gb)
+            store = ActivationStore(self.folder, f"{part.name}-sensitivity", limit_bytes=self.memory_gb * 1e9)
             stream = Stream.at_the_door(self.model, part, span, read, store=store)
             for block in span:
                 found += self._block(block, stream, within(targets, block))
                 if block != span[-1]:
                     stream.advance(block)
+            self.ranks.barrier()  # files are deleted for all
             store.clear()
         return found
 

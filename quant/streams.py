@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,11 +52,16 @@ class Stream:
 
     def advance(self, block: str) -> None:
         """Send every batch through a block."""
+        self.behind(block, store=self.store)
+
+    def behind(self, block: str, *, store: ActivationStore) -> Stream:
+        """Return the batches behind a block, in another store; this stream stays before it."""
         module, inputs = self.model.get_submodule(block), self.inputs(block)
         with torch.no_grad():
             for at, number in enumerate(self.numbers):
                 given = inputs[at]
-                self.store.put(number, hidden_of(module(*given.args, **given.kwargs)))
+                store.put(number, hidden_of(module(*given.args, **given.kwargs)))
+        return Stream(self.model, store, self.numbers, self.around)
 
     def of_all_ranks(self, block: str, ranks: Ranks) -> Stream:
         """Return the batches of all ranks in their order; all ranks call it, and their stores lie in files."""
@@ -67,10 +71,6 @@ class Stream:
         every = sorted((pair for share in shares for pair in zip(*share)), key=lambda pair: pair[0])
         around = {block: [one for _, one in every]}
         return Stream(self.model, self.store, [number for number, _ in every], around)
-
-
-def store_in(folder: Path, name: str, *, gigabytes: float) -> ActivationStore:
-    return ActivationStore(folder, name, limit_bytes=gigabytes * 1e9)
 
 
 def touched(part: Part, targets: Mapping[str, Target]) -> list[str]:

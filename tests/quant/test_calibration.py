@@ -7,6 +7,10 @@ Shape letters: N output channels, K input channels, B, T batch and positions.
 """
 
 import copy
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from torch import nn
 
 from seedling.quant.block_input import BlockInput
 from seedling.quant.blocks import decoder_layers, parts_of, quantisable
+from seedling.quant.blockwise import RefineConfig, refine_block
 from seedling.quant.calibration import Calibration, CalibrationConfig
 from seedling.quant.linear import PackedLinear
 from seedling.quant.shared_inputs import input_groups
@@ -276,3 +281,109 @@ def test_a_tensor_written_to_between_two_modules_is_no_shared_input():
     block = Writing()
     groups = input_groups(block, dict(block.named_children()), [BlockInput((torch.ones(1, 2, 3),), {}, None)])
     assert [(set(group.names), group.once) for group in groups] == [({"a"}, False), ({"b"}, True), ({"c"}, True)]
+
+
+class Shelf(dict):
+    """Keeps blocks in memory, by way of JSON as the stage's files do."""
+
+    def save(self, name, tensors, **facts):
+        self[name] = ({key: value.clone() for key, value in tensors.items()}, json.dumps(facts))
+
+    def load(self, name):
+        return (self[name][0], json.loads(self[name][1])) if name in self else None
+
+
+def refine(block, inputs, targets_BTD, *, name):
+    return asdict(refine_block(block, inputs, targets_BTD, cfg=RefineConfig(epochs=1, lr=1e-2), name=name))
+
+
+@pytest.mark.parametrize("family", ["recogniser", "qwen3", "mixtral"])
+def test_a_run_that_goes_on_from_kept_blocks_ends_in_the_same_bits(family, tmp_path):
+    def made():
+        return (make_recogniser(), speech_batches()) if family == "recogniser" else (make_llm(family), token_batches(6))
+
+    whole, (model, batches) = Shelf(), made()
+    _, reports = quantise(model, batches, tmp_path, kept=whole, refine=refine)
+    for block in list(whole)[:-1]:
+        shelf = Shelf({name: whole[name] for name in list(whole)[: list(whole).index(block) + 1]})  # killed behind it
+        again, batches = made()
+        solver, found = quantise(again, batches, tmp_path, kept=shelf, refine=refine)
+        assert 0 < len(solver.asked) < len(reports) or family == "mixtral"
+        assert {name: one.error for name, one in found.items()} == {name: one.error for name, one in reports.items()}
+        state = again.state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name]), f"{name}, killed behind {block}"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_targets_of_refinement_lie_between_both_paths(share, tmp_path):
+    model, batches, met = make_llm("llama"), token_batches(), {}
+    whole = copy.deepcopy(model)
+
+    def look(block, inputs, targets_BTD, *, name):
+        met[name] = list(zip(inputs, targets_BTD))
+        return {}
+
+    quantise(model, batches, tmp_path, refine=look, cfg=CalibrationConfig(full_share=share))
+    for name, pairs in met.items():
+        for batch, (given, target_BTD) in zip(batches, pairs):
+            full = []
+            hook = whole.get_submodule(name).register_forward_hook(lambda m, args, out, to=full: to.append(out))
+            call(whole, batch)
+            hook.remove()
+            own = whole.get_submodule(name)(*given.args, **given.kwargs)
+            torch.testing.assert_close(target_BTD, share * full[0] + (1 - share) * own, rtol=1e-5, atol=1e-5)
+
+
+class Together:
+    """Ranks that are threads of one process, meeting at a barrier."""
+
+    def __init__(self, size):
+        self.size, self.meeting, self.values = size, threading.Barrier(size, timeout=60), [None] * size
+
+    def of(self, rank):
+        one = copy.copy(self)
+        one.rank = rank
+        return one
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.meeting.wait()
+        found = copy.deepcopy(self.values)
+        self.meeting.wait()
+        return found
+
+    def sum_floats(self, values):
+        return sum(self.gather(values))
+
+    def barrier(self):
+        self.meeting.wait()
+
+
+@pytest.mark.parametrize("family, size", [("qwen2", 2), ("qwen2", 3), ("mixtral", 2)])
+def test_any_number_of_ranks_packs_the_weights_of_one(family, size, tmp_path):
+    """Three batches on two or three ranks; H differs by 1e-16 of its size, which turns no code of this solver."""
+    batches = token_batches(3)
+    alone = make_llm(family)
+    _, expected = quantise(alone, batches, tmp_path / "alone", refine=refine)
+    together = Together(size)
+
+    def run(rank):
+        model = make_llm(family)
+        calibration = Calibration(
+            model, solve=GridSolver(), folder=tmp_path / "together", refine=refine, ranks=together.of(rank)
+        )
+        read = reader(batches, rank=rank, size=size)
+        reports = calibration.run(parts_of(model), read, targets=all_targets(model))
+        return model.state_dict(), {one.name: one for report in reports for one in report.modules}
+
+    with ThreadPoolExecutor(size) as threads:
+        results = list(threads.map(run, range(size)))
+    for state, reports in results:
+        assert {name: one.tokens for name, one in reports.items()} == {
+            name: one.tokens for name, one in expected.items()
+        }
+        for name, tensor in alone.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert all(torch.equal(results[0][0][name], results[-1][0][name]) for name in results[0][0])
+    assert not (tmp_path / "together").exists()
