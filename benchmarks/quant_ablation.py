@@ -10,7 +10,7 @@ Quantises the encoder and the LLM of the finished recogniser in RUN for every nu
     block-wise        and each block refined towards the full-precision one
     fine-tuned        and scales, zeros and norms trained on the task, the full-precision recogniser as their teacher
 
-and at the fewest bits the encoder alone and the LLM alone. Two rows are not quantised: the recogniser as it is, and the
+and, at the fewest bits and the first size of groups, the encoder alone and the LLM alone. Two rows are not quantised: the recogniser as it is, and the
 control, which has had the same extra training on all its weights. Each is scored on the test set of packed weights;
 intervals are a bootstrap over its utterances. Writes OUT/table.md; what is finished is not repeated.
 """
@@ -108,9 +108,9 @@ class Cell(NamedTuple):
 
 def cells(bits: Sequence[int], groups: Sequence[int]) -> Iterator[Cell]:
     """Yield every cell, each after the one that it goes on from."""
-    for part in PARTS:
-        for count in bits if not PARTS[part] else [min(bits)]:
-            for group_size in groups:
+    for part, left in PARTS.items():
+        for count in [min(bits)] if left else bits:
+            for group_size in groups[:1] if left else groups:
                 yield from (Cell(method, count, group_size, part) for method in ROWS)
 
 
