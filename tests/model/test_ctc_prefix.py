@@ -1,13 +1,14 @@
-"""Prefix probabilities against torch's CTC loss, summed over every string that there is."""
+"""Prefix probabilities against torch's CTC loss, summed over every string that there is, and against plain loops."""
 
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from seedling.model.ctc_prefix import CTCPrefixes, TokenBytes, token_bytes
-from seedling.model.ctc_scorer import CTCGains, CTCScorer
+from seedling.model.ctc_scorer import Continuations, CTCGains, CTCScorer
 from seedling.model.decoding import DecodeConfig, decode
 
 W = 4  # three "bytes" and the blank
@@ -61,6 +62,105 @@ def test_padding_and_batch_do_not_change_a_prefix():
         one = alone.extend(one, torch.tensor([0]), torch.tensor([byte]))
     assert both.score_R[0].item() == pytest.approx(one.score_R[0].item())
     assert together.whole(both)[0].item() == pytest.approx(alone.whole(one)[0].item())
+
+
+# --- against the recursion as it is written, frame by frame, in logs --------------------------------------------------
+
+
+def by_the_letter(log_probs_TW: torch.Tensor, string: list[int]) -> tuple[list[float], float]:
+    """Return the log prefix probabilities of all beginnings of the string, and that it is all that was said."""
+    log_probs_TW = log_probs_TW.double().numpy()
+    T, blank = len(log_probs_TW), log_probs_TW.shape[1] - 1
+    on_T, blank_T = np.full(T, -np.inf), np.cumsum(log_probs_TW[:, blank])
+    scores, last = [0.0], None
+    for byte in string:
+        before_T = blank_T if byte == last else np.logaddexp(on_T, blank_T)
+        before_T = np.concatenate([[0.0 if last is None else -np.inf], before_T[:-1]])[:T]
+        scores.append(float(np.logaddexp.reduce(before_T + log_probs_TW[:, byte], initial=-np.inf)))
+        on_T, blank_T, on, off = np.empty(T), np.empty(T), -np.inf, -np.inf
+        for t in range(T):
+            on, off = np.logaddexp(on, before_T[t]) + log_probs_TW[t, byte], np.logaddexp(on, off)
+            off += log_probs_TW[t, blank]
+            on_T[t], blank_T[t] = on, off
+        last = byte
+    if T == 0:
+        return scores, 0.0 if last is None else -math.inf
+    return scores, float(np.logaddexp(on_T[-1], blank_T[-1]))
+
+
+def by_ours(ctc: CTCPrefixes, string: list[int]) -> tuple[list[float], float]:
+    prefix, row = ctc.empty(), torch.tensor([0])
+    scores = [prefix.score_R[0].item()]
+    for byte in string:
+        score = ctc.scores(prefix, row, torch.tensor([byte]))
+        prefix = ctc.extend(prefix, row, torch.tensor([byte]))
+        assert torch.equal(prefix.score_R, score)
+        scores.append(score[0].item())
+    return scores, ctc.whole(prefix)[0].item()
+
+
+def assert_equal(ours: tuple[list[float], float], theirs: tuple[list[float], float]) -> None:
+    assert [*ours[0], ours[1]] == pytest.approx([*theirs[0], theirs[1]], rel=1e-9, abs=1e-9)
+
+
+def peaky(frames: int, classes: int, *, seed: int, spread: float, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(frames, classes, generator=generator, dtype=dtype)).log_softmax(-1)
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 33, 120])
+@pytest.mark.parametrize("spread", [1.0, 12.0])
+def test_scores_are_those_of_the_recursion_as_written(T, spread):
+    for seed in range(4):
+        log_probs_TW = peaky(T, 5, seed=seed, spread=spread)
+        string = torch.randint(4, (10,), generator=torch.Generator().manual_seed(seed)).tolist()
+        string[4:6] = [string[3]] * 2  # three in a row need blanks between them
+        ctc = CTCPrefixes(log_probs_TW[None], torch.tensor([T]))
+        assert_equal(by_ours(ctc, string), by_the_letter(log_probs_TW, string))
+
+
+def test_frames_and_strings_that_are_impossible_stay_so():
+    log_probs_TW = peaky(40, 5, seed=0, spread=3.0)
+    log_probs_TW[torch.rand(40, 5, generator=torch.Generator().manual_seed(1)) < 0.15] = -math.inf
+    log_probs_TW[:, 3] = -math.inf
+    ctc = CTCPrefixes(log_probs_TW[None], torch.tensor([40]))
+    # What is impossible by the letter may be e^-1000 here: sums over frames must stay defined.
+    for string in ([0, 1, 1, 2], [3], [0, 3, 1], [0, 1] * 25):
+        ours, theirs = by_ours(ctc, string), by_the_letter(log_probs_TW, string)
+        for a, b in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]]):
+            assert a == pytest.approx(b, rel=1e-9) if b > -math.inf else a < -900
+        assert not any(map(math.isnan, ours[0]))
+
+
+def test_five_minutes_in_one_window_neither_underflow_nor_lose_digits():
+    """7500 frames at 15 nats each are e^-100000. The string comes at the end, behind much that spoke against it."""
+    log_probs_TW = peaky(7500, 6, seed=0, spread=6.0)
+    string = log_probs_TW[-60:, :5].argmax(-1)[::3].tolist()
+    ctc = CTCPrefixes(log_probs_TW[None], torch.tensor([7500]), window=7500)
+    assert_equal(by_ours(ctc, string), by_the_letter(log_probs_TW, string))
+
+
+def test_a_tree_of_strings_scores_each_as_if_it_were_alone():
+    lengths = [50, 31]
+    log_probs_BTW = torch.stack([peaky(50, 5, seed=b, spread=4.0) for b in range(2)])
+    ctc = CTCPrefixes(log_probs_BTW, torch.tensor(lengths))
+    rows = torch.tensor([0, 1, 1])  # two hypotheses of the second utterance
+    prefix = ctc.extend(ctc.empty().of(rows), torch.arange(3), torch.tensor([2, 0, 1]))
+    said = [[2], [0], [1]]
+    generator = torch.Generator().manual_seed(0)
+    length_N = torch.randint(0, 6, (60,), generator=generator)
+    row_N, bytes_NY = torch.arange(60) % 3, torch.randint(0, 3, (60, 5), generator=generator)
+    tree = Continuations(ctc, prefix, row_N, bytes_NY, length_N)
+    tree.spell(2)
+    some = torch.randperm(60, generator=generator)[:30]
+    halfway, wholes = tree.score_N.tolist(), tree.of(some)
+    wholes.spell()
+    found = [(n, score, 2) for n, score in enumerate(halfway)]
+    for n, score, most in found + [(n, score, 5) for n, score in zip(some.tolist(), wholes.score_N.tolist())]:
+        row, string = int(row_N[n]), bytes_NY[n, : min(int(length_N[n]), most)].tolist()
+        b = int(rows[row])
+        theirs, _ = by_the_letter(log_probs_BTW[b, : lengths[b]], said[row] + string)
+        assert score == pytest.approx(theirs[-1], abs=1e-9)
 
 
 class FlatLLM:
