@@ -366,10 +366,11 @@ def test_any_number_of_ranks_packs_the_weights_of_one(family, size, tmp_path):
     batches = token_batches(3)
     alone = make_llm(family)
     _, expected = quantise(alone, batches, tmp_path / "alone", refine=refine)
-    together = Together(size)
+    # Made before the threads, which share the generator that draws weights.
+    together, models = Together(size), [make_llm(family) for _ in range(size)]
 
     def run(rank):
-        model = make_llm(family)
+        model = models[rank]
         calibration = Calibration(
             model, solve=GridSolver(), folder=tmp_path / "together", refine=refine, ranks=together.of(rank)
         )
