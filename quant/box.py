@@ -86,7 +86,8 @@ class BoxRounding:
 def largest_eigenvalue(hessian_KK: Tensor) -> Tensor:
     """Return that of D^-1/2 H D^-1/2, D the diagonal of H."""
     unit_K = hessian_KK.diagonal().rsqrt()
-    vector_K = torch.ones_like(unit_K)
+    # Not of ones: inputs in pairs x, -x have none of them.
+    vector_K = torch.arange(len(unit_K), dtype=unit_K.dtype, device=unit_K.device).cos()
     for _ in range(POWER_ITERATIONS):
         vector_K = unit_K * (hessian_KK @ (unit_K * vector_K))
         vector_K = vector_K / vector_K.norm()

@@ -10,7 +10,7 @@ from .rtn import rtn
 
 
 class GPTQRounding:
-    """(scale_NG, zero_NG) -> codes_NK."""
+    """Rounds a layer for any scales and zeros."""
 
     def __init__(self, ordered: ActOrder):
         self.ordered = ordered

@@ -20,6 +20,7 @@ ROW_FACTORS = 160  # 1, 0.995, ... 0.205
 LOOKS = (4, 1)  # every 4th factor, then each around the best: errors within 0.2 % of those of all 160
 GROUP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 REFITS = 3
+SINGULAR = 1e-6  # of a 2 x 2 determinant: the codes are all but equal
 
 
 def min_max(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -59,44 +60,59 @@ def row_clip(problem: Problem) -> Quantised:
 
 
 def group_clip(problem: Problem) -> Quantised:
-    """Return the state of every group's best grid, by its own error under its own block of H."""
-    w_GNC, real_GC = _grouped(problem)
-    hessian_GCC = _diagonal_blocks(problem)
-    low_NG, high_NG = _ranges(problem)
-    low_GN, high_GN = low_NG.t(), high_NG.t()
-    ones_HG1C = torch.einsum("gcd,gd->gc", hessian_GCC, real_GC)
-    best_GN = torch.full_like(low_GN, torch.inf)
-    kept_GN = [torch.zeros_like(low_GN), torch.zeros_like(low_GN)]
-    hw_GNC = w_GNC @ hessian_GCC
+    """Return the state of every group's best grid, by its own error under its own block of H.
+
+    Errors and refits are of what is off, with codes counted from the middle: sums over codes and weights themselves
+    cancel to nothing in float32 where there are many codes, or inputs have a mean.
+    """
+    search, (low_GN, high_GN) = GroupSearch(problem), (ends.t() for ends in _ranges(problem))
     for factor in GROUP_FACTORS:
-        middle_GN, half_GN = (low_GN + high_GN) / 2, (high_GN - low_GN) / 2 * factor
-        scale_GN, zero_GN = 2 * half_GN / problem.top, middle_GN - half_GN
+        scale_GN, middle_GN = factor * (high_GN - low_GN) / problem.top, (low_GN + high_GN) / 2
         for _ in range(REFITS + 1):
-            inverse_GN = torch.where(scale_GN == 0, 0.0, 1 / scale_GN)
-            codes_GNC = ((w_GNC - zero_GN[..., None]) * inverse_GN[..., None] + 0.5).floor_().clamp_(0, problem.top)
-            codes_GNC *= real_GC[:, None]
-            hc_GNC = codes_GNC @ hessian_GCC
-            # Everything that the error and the 2 x 2 system of (scale, zero) are made of.
-            cc, c1 = (hc_GNC * codes_GNC).sum(-1), (codes_GNC * ones_HG1C[:, None]).sum(-1)
-            cw, w1 = (hc_GNC * w_GNC).sum(-1), (w_GNC * ones_HG1C[:, None]).sum(-1)
-            ww, one = (hw_GNC * w_GNC).sum(-1), (ones_HG1C * real_GC).sum(-1)[:, None]
-            for s, z in ((scale_GN, zero_GN), _two_by_two(cc, c1, one, cw, w1)):
-                errors_GN = s * s * cc + z * z * one + ww + 2 * (s * z * c1 - s * cw - z * w1)
-                better_GN = errors_GN < best_GN
-                best_GN = torch.where(better_GN, errors_GN, best_GN)
-                kept_GN = [torch.where(better_GN, new, old) for new, old in zip((s, z), kept_GN)]
-            scale_GN, zero_GN = _two_by_two(cc, c1, one, cw, w1)
-    scale_NG, zero_NG = kept_GN[0].t().contiguous(), kept_GN[1].t().contiguous()
+            scale_GN, middle_GN = search.refitted(scale_GN, middle_GN)
+    scale_NG, middle_NG = search.scale_GN.t().contiguous(), search.middle_GN.t()
+    zero_NG = middle_NG - problem.top / 2 * scale_NG
     return problem.judged(problem.nearest(scale_NG, zero_NG), scale_NG, zero_NG)
 
 
-def _two_by_two(cc: Tensor, c1: Tensor, one: Tensor, cw: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best scale and zero; of equal codes the best zero, with a scale of 0."""
-    determinant = cc * one - c1 * c1
-    usable = determinant > 1e-6 * cc * one
-    divisor = torch.where(usable, determinant, 1.0)
-    scale = torch.where(usable, (cw * one - c1 * w1) / divisor, 0.0)
-    return scale, (w1 - scale * c1) / torch.where(one > 0, one, 1.0)
+class GroupSearch:
+    """The best scale and middle of each group so far, and what trying others takes."""
+
+    def __init__(self, problem: Problem):
+        self.half = problem.top / 2
+        self.w_GNC, self.real_G1C = _grouped(problem)
+        self.hessian_GCC = _diagonal_blocks(problem)
+        self.pull_G1C = self.real_G1C @ self.hessian_GCC  # of an offset of all columns
+        self.mm_G1 = (self.pull_G1C * self.real_G1C).sum(-1)
+        self.error_GN = torch.full_like(self.w_GNC[..., 0], torch.inf)
+        self.scale_GN, self.middle_GN = torch.zeros_like(self.error_GN), torch.zeros_like(self.error_GN)
+
+    def refitted(self, scale_GN: Tensor, middle_GN: Tensor) -> tuple[Tensor, Tensor]:
+        """Try a grid, and what is best for its codes; return the latter."""
+        inverse_GN = torch.where(scale_GN == 0, 0.0, 1 / scale_GN)
+        codes_GNC = ((self.w_GNC - middle_GN[..., None]) * inverse_GN[..., None] + (self.half + 0.5)).floor_()
+        codes_GNC = codes_GNC.clamp_(0, 2 * self.half).sub_(self.half).mul_(self.real_G1C)
+        off_GNC = torch.addcmul(middle_GN[..., None] * self.real_G1C, scale_GN[..., None], codes_GNC) - self.w_GNC
+        pulled_GNC = off_GNC @ self.hessian_GCC
+        error_GN = (pulled_GNC * off_GNC).sum(-1)
+        self._keep(error_GN, scale_GN, middle_GN)
+        # error + 2 (ds us + dm um) + ds^2 ss + 2 ds dm sm + dm^2 mm is least at the change (ds, dm).
+        us, um = (pulled_GNC * codes_GNC).sum(-1), (pulled_GNC * self.real_G1C).sum(-1)
+        ss, mm = ((codes_GNC @ self.hessian_GCC) * codes_GNC).sum(-1), self.mm_G1
+        sm = (codes_GNC * self.pull_G1C).sum(-1)
+        determinant = ss * mm - sm * sm
+        usable = determinant > SINGULAR * ss * mm
+        ds = torch.where(usable, (sm * um - mm * us) / torch.where(usable, determinant, 1.0), 0.0)
+        dm = -(um + ds * sm) / torch.where(mm > 0, mm, 1.0)
+        scale_GN, middle_GN = scale_GN + ds, middle_GN + dm
+        self._keep(error_GN + ds * us + dm * um, scale_GN, middle_GN)
+        return scale_GN, middle_GN
+
+    def _keep(self, error_GN: Tensor, scale_GN: Tensor, middle_GN: Tensor) -> None:
+        better_GN = error_GN < self.error_GN
+        self.error_GN = torch.where(better_GN, error_GN, self.error_GN)
+        self.scale_GN = torch.where(better_GN, scale_GN, self.scale_GN)
+        self.middle_GN = torch.where(better_GN, middle_GN, self.middle_GN)
 
 
 def _ranges(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -112,18 +128,18 @@ def _ranges(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return w_GNC and real_GC, 1 for columns and 0 for what fills up the last group."""
+    """Return w_GNC and real_G1C, 1 for columns and 0 for what fills up the last group."""
     N, K = problem.weight_NK.shape
     size = K if problem.group_size < 0 else problem.group_size
     w_GNC = pad(problem.weight_NK, (0, -K % size)).reshape(N, -1, size).transpose(0, 1).contiguous()
-    real = pad(torch.ones(K, device=w_GNC.device), (0, -K % size)).reshape(-1, size)
+    real = pad(torch.ones_like(problem.weight_NK[0]), (0, -K % size)).reshape(-1, 1, size)
     return w_GNC, real
 
 
 def _diagonal_blocks(problem: Problem) -> Tensor:
     K = problem.weight_NK.shape[1]
     size = K if problem.group_size < 0 else problem.group_size
-    blocks = torch.zeros(problem.groups, size, size, device=problem.weight_NK.device)
+    blocks = problem.weight_NK.new_zeros(problem.groups, size, size)
     for g in range(problem.groups):
         columns = slice(g * size, min((g + 1) * size, K))
         width = columns.stop - columns.start

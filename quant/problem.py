@@ -21,6 +21,7 @@ from .solution import LayerSolution, check_bits, columns_of_groups, group_count
 
 DAMPING = 0.01
 FORM_BLOCKS = 6
+LARGEST = torch.finfo(torch.float32).max / 256  # a weight that scales and zeros of float32 can say
 ASYMMETRY = 1e-3  # relative to the largest diagonal entry; a second moment has none but rounding
 CHUNK_ELEMENTS = 1 << 24  # of H that are checked and scaled at a time: 128 MB in float64
 
@@ -59,14 +60,16 @@ class Problem:
         N, K = weight_NK.shape
         group_count(K, group_size)  # refuses sizes that are none
         weight_NK = weight_NK.detach()
-        if not weight_NK.is_floating_point() or not weight_NK.isfinite().all():
-            raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite numbers")
+        if not weight_NK.is_floating_point():
+            raise ValueError(f"weight_NK is {weight_NK.dtype}; give floating-point weights, not yet quantised")
+        if not weight_NK.isfinite().all() or weight_NK.abs().max() > LARGEST:
+            raise ValueError(f"weight_NK ({N} x {K}, {weight_NK.dtype}) has values that are no finite float32 numbers")
         unit_N = torch.linalg.vector_norm(weight_NK, dim=1, dtype=torch.float64) / K**0.5
         unit_N = torch.where(unit_N > 0, unit_N, 1.0)
         hessian_KK, hessian_unit = _scaled_hessian(hessian_KK, weight_NK)
         dead_K = hessian_KK.diagonal() == 0
         hessian_KK.diagonal().add_(DAMPING)
-        scaled_NK = torch.empty(N, K, device=weight_NK.device)
+        scaled_NK = torch.empty(N, K, device=weight_NK.device, dtype=torch.float32)
         torch.div(weight_NK, unit_N[:, None], out=scaled_NK)
         return cls(scaled_NK, hessian_KK, bits, group_size, unit_N, hessian_unit, dead_K)
 
@@ -148,17 +151,18 @@ def _scaled_hessian(hessian_KK: Tensor | None, weight_NK: Tensor) -> tuple[Tenso
     """Return the checked Hessian, symmetric, divided by its mean diagonal, in float32; and that mean."""
     K, device = weight_NK.shape[1], weight_NK.device
     if hessian_KK is None:
-        return torch.eye(K, device=device), torch.ones((), dtype=torch.float64, device=device)
+        identity_KK = torch.eye(K, device=device, dtype=torch.float32)
+        return identity_KK, torch.ones((), dtype=torch.float64, device=device)
     if hessian_KK.shape != (K, K):
         raise ValueError(f"hessian_KK has shape {tuple(hessian_KK.shape)}, and a weight of {K} columns needs {(K, K)}")
     hessian_KK = hessian_KK.detach().to(device)
     diagonal_K = hessian_KK.diagonal().double()
     largest = diagonal_K.max()
     mean = torch.where(largest > 0, diagonal_K.mean(), 1.0)
-    scaled_KK = torch.empty(K, K, device=device)
+    scaled_KK = torch.empty(K, K, device=device, dtype=torch.float32)
     finite, asymmetry = True, 0.0
-    for rows in torch.arange(K, device=device).split(max(1, CHUNK_ELEMENTS // K)):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = max(1, CHUNK_ELEMENTS // K)
+    for rows in (slice(start, start + step) for start in range(0, K, step)):
         there, across = hessian_KK[rows].double(), hessian_KK[:, rows].t().double()
         finite = finite and bool(there.isfinite().all())
         asymmetry = max(asymmetry, (there - across).abs().max().item())
