@@ -28,6 +28,7 @@ from .solution import LayerSolution
 
 ROUNDS = 3
 FEW_ROWS = 1e-4  # a share of them; a step that helps fewer ends the search
+NARROWER_STEPS = 0.15  # of a range, in steps of its scale
 
 
 def solve_layer(
@@ -46,26 +47,42 @@ def solve_layer(
 
 
 def default(problem: Problem) -> Quantised:
-    start = group_clip(problem)
-    columns = block_columns(problem.weight_NK.shape[1])
-    return alternate(start, start, BoxRounding(ActOrder(problem), columns=columns), problem)
+    return box_aware(problem, columns=block_columns(problem.weight_NK.shape[1]))
 
 
 def first_level(problem: Problem) -> Quantised:
-    start = group_clip(problem)
-    return alternate(start, start, BoxRounding(ActOrder(problem), columns=1), problem)
+    return box_aware(problem, columns=1)
+
+
+def box_aware(problem: Problem, *, columns: int) -> Quantised:
+    """Round within the box and refit, in turn; a round counts as a whole, and no row gets worse."""
+    rounding, found = BoxRounding(ActOrder(problem), columns=columns), group_clip(problem)
+    for attempt in range(ROUNDS):
+        tried = refitted(problem, rounding(narrowed(problem, found) if attempt else found))
+        helped = (tried.errors_N < found.errors_N).float().mean()
+        found = found.or_better(tried)
+        if helped < FEW_ROWS:
+            break
+    return found
+
+
+def narrowed(problem: Problem, found: Quantised) -> Quantised:
+    """Return a row's only group with a range that is somewhat narrower; more groups stay as they are.
+
+    Codes hold their scale where it is: refitted, it moves by less than it should. With one group a row, which has to
+    choose for all columns, a push lowers the error by 1.3 %; groups of 64 choose well by themselves, and lose 1.3 %.
+    """
+    if problem.groups > 1:
+        return found
+    part = 1 - NARROWER_STEPS / problem.top
+    scale_NG = part * found.scale_NG
+    return found._replace(scale_NG=scale_NG, zero_NG=found.zero_NG + problem.top / 2 * (found.scale_NG - scale_NG))
 
 
 def second_level(problem: Problem) -> Quantised:
+    """The published rounds: codes and then scales are taken, each where the row's error falls."""
     rounding, found = GPTQRounding(ActOrder(problem)), rtn(problem)
-    return alternate(found.or_better(rounding(found)), row_clip(problem), rounding, problem)
-
-
-def alternate(
-    found: Quantised, start: Quantised, rounding: Callable[[Quantised], Quantised], problem: Problem
-) -> Quantised:
-    """Return `found` after the rounds, of which the first rounds on the grid of `start`; no row gets worse."""
-    grid = start
+    found, grid = found.or_better(rounding(found)), row_clip(problem)
     for _ in range(ROUNDS):
         rounded = rounding(grid)
         helped = (rounded.errors_N < found.errors_N).float().mean()
