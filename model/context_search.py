@@ -88,23 +88,23 @@ class ContextScorer:
 
     def _ranked(self, heard_RV: Tensor, plain_RV: Tensor, context_JV: Tensor, gained_RV: Tensor | None) -> Tensor:
         """Return the paired rows' scores_JV: what survives pruning by `heard_RV`, scored by both halves."""
-        row_N, token_N = self._survivors(heard_RV[self.paired_J]).nonzero(as_tuple=True)
-        place_N = self.paired_J[row_N], token_N
-        config, context_N = self.config, context_JV[row_N, token_N]
-        score_N = blend(plain_RV[place_N], context_N, alpha=config.context_alpha, form=config.context_form)
+        config = self.config
+        heard_JC, token_JC = self._most_likely(heard_RV[self.paired_J])
+        plain_JC, context_JC = plain_RV[self.paired_J[:, None], token_JC], context_JV.gather(1, token_JC)
+        score_JC = blend(plain_JC, context_JC, alpha=config.context_alpha, form=config.context_form)
         if self.ctc is not None:
             assert gained_RV is not None
-            score_N = self.ctc.mixed(score_N, gained_RV[place_N]).to(score_N.dtype)
-        nothing_JV = torch.full_like(context_JV, -math.inf)
-        return nothing_JV.index_put((row_N, token_N), score_N)
+            gained_JC = gained_RV[self.paired_J[:, None], token_JC]
+            score_JC = self.ctc.mixed(score_JC, gained_JC).to(score_JC.dtype)
+        pruned_JC = heard_JC < heard_JC.amax(-1, keepdim=True) - config.context_prune
+        return torch.full_like(context_JV, -math.inf).scatter(1, token_JC, score_JC.masked_fill(pruned_JC, -math.inf))
 
-    def _survivors(self, heard_JV: Tensor) -> Tensor:
-        """Return which tokens are in S."""
-        kept_JV = heard_JV >= heard_JV.amax(-1, keepdim=True) - self.config.context_prune
-        most = max(self.config.context_top_k, self.config.beam_size) if self.config.context_top_k else 0
-        if most and int(kept_JV.sum(-1).max()) > most:  # a sort is dear, and the threshold mostly leaves fewer
-            kept_JV &= torch.zeros_like(kept_JV).scatter(1, heard_JV.topk(most, dim=-1).indices, True)
-        return kept_JV
+    def _most_likely(self, heard_JV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the heard_JC of the likeliest tokens, as many as may survive, and which they are."""
+        V, top_k = heard_JV.shape[1], self.config.context_top_k
+        if top_k:
+            return heard_JV.topk(min(max(top_k, self.config.beam_size), V), dim=-1)
+        return heard_JV, torch.arange(V, device=heard_JV.device).expand_as(heard_JV)
 
 
 def blend(plain: Tensor, context: Tensor, *, alpha: float, form: str) -> Tensor:
