@@ -244,7 +244,7 @@ def parameters_by_part(folder: Path) -> dict[str, int]:
 
 
 def packed_lines(folder: Path) -> list[str]:
-    """Say how many bits packed weights take, one line for matrices that differ in numbers only; none: nothing packed."""
+    """Say how many bits packed weights take, one line for matrices whose names differ in numbers only."""
     from ...quant.storage import storage_of
 
     forms = packed_forms(folder)

@@ -27,10 +27,8 @@ def test_inspect_prints_bits_per_weight_by_repeated_module_and_overall(tmp_path,
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("packed")]
     # Of 80 columns in the space of 256 at 3 bits, and one scale and zero a row.
     bits = (3 * 256 + 32) / 80
-    assert (
-        f"packed  llm.model.layers.*.mlp.down_proj: 2 x 48x80, 3 bits, per channel, bfloat16: {bits:.3f} bits per weight"
-        in lines
-    )
+    wanted = f"2 x 48x80, 3 bits, per channel, bfloat16: {bits:.3f} bits per weight"
+    assert f"packed  llm.model.layers.*.mlp.down_proj: {wanted}" in lines
     storage = model_storage(model)
     assert lines[-1] == (
         f"packed  in all: {storage.weights:,} weights of {storage.bits_per_weight:.3f} bits; with everything else "
