@@ -17,6 +17,7 @@ Shape letters: E experts, N output channels, K input channels of one projection,
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -54,11 +55,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _keeps_experts(module: nn.Module) -> bool:
-    weights = [value for _, value in module.named_parameters(recurse=False) if value.dim() > 1]
-    down = getattr(module, "down_proj", None)
-    return any(down is weight and down.dim() == 3 for weight in weights) or (
-        bool(weights) and "Expert" in type(module).__name__
-    )
+    weights = {name: value.dim() for name, value in module.named_parameters(recurse=False) if value.dim() > 1}
+    return weights.get("down_proj") == 3 or (bool(weights) and "Expert" in type(module).__name__)
 
 
 def expert_layout(module: nn.Module, *, name: str) -> ExpertLayout:
@@ -115,14 +113,14 @@ def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     It is the module's own method on a bare copy: settings such as gpt_oss's limit come along, parameters and hooks do
     not, so that nothing of the full-precision module stays in memory.
     """
-    if not callable(getattr(module, "_apply_gate", None)) or "gate_up_proj" not in dict(module.named_parameters()):
-        return module.act_fn
+    if not hasattr(module, "gate_up_proj"):
+        return cast(Callable[[Tensor], Tensor], module.act_fn)
     bare = type(module).__new__(type(module))
     nn.Module.__init__(bare)
     own = vars(bare).keys()
     vars(bare).update({key: value for key, value in vars(module).items() if key not in own})
     vars(bare)["_modules"] = dict(module._modules)
-    return bare._apply_gate
+    return cast(Callable[[Tensor], Tensor], bare._apply_gate)
 
 
 def routing_layers(model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ from tiny_experts import EXPERTS, FAMILIES, NAME, make_experts, make_moe, random
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from seedling.model.audio_llm import AudioLLM
-from seedling.quant import hf
+from seedling.quant import hf, solve_layer
 from seedling.quant.expert_inputs import ExpertCall
 from seedling.quant.expert_layout import fused_experts, routing_layers
 from seedling.quant.expert_problems import ALL_TOKENS
@@ -48,6 +48,24 @@ def test_solutions_end_up_with_their_experts_and_down_is_solved_behind_the_packe
         rows_nK = call[0][(call[1] == problem.expert).any(1)]
         inner = experts._apply_gate(packed.gate_up.one(rows_nK, problem.expert)).detach().double()
         torch.testing.assert_close(problem.moments.mean_KK(), inner.T @ inner / len(inner), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_solved_experts_err_less_than_rounded_ones_on_tokens_that_they_have_not_seen(family):
+    experts, mix_DD = make_experts(family), torch.randn(40, 40, generator=torch.Generator().manual_seed(5))
+    (seen, *routing), unseen = (
+        (call[0] @ mix_DD / 40**0.5, *call[1:]) for call in (random_call(800), random_call(400, seed=1))
+    )
+    exact, errors = experts(*unseen), {}
+    for method in ("rtn", "default"):
+
+        def solve(problem, method=method):
+            H_KK = problem.moments.mean_KK().float()
+            return solve_layer(problem.weight_NK, H_KK, bits=2, group_size=16, method=method)
+
+        packed, _ = quantise_experts(experts, [ExpertCall(seen, routing[0])], solve, name=NAME)
+        errors[method] = float((packed(*unseen) - exact).detach().norm())
+    assert errors["default"] < 0.8 * errors["rtn"]
 
 
 def test_a_starved_expert_is_logged_and_reported(caplog):
