@@ -62,25 +62,21 @@ class RefineConfig:
 
 @dataclass
 class RefineReport:
-    """What became of a block. Losses are mean squared errors on the held-out sequences, folded to 16 bits.
+    """What became of a block. Losses are those of the held-out sequences, folded to 16 bits.
 
-    `before` and `after`, that of the block as it now is, are in the units of the activations; divided by `variance`,
-    that of the held-out targets, they compare between blocks.
+    They are mean squared errors over `variance`, that of the held-out targets in the units of the activations (where
+    it is 0, over 1), so that they compare between blocks.
     """
 
     before: float
-    after: float
+    after: float  # of the block as it now is
     variance: float
     epoch_losses: list[float]
-    best_epoch: int  # 0: the block stayed bit for bit as it came
+    best_epoch: int
+    kept: bool  # False: the block stayed bit for bit as it came
     steps: int
     stopped: str  # why
     held_out_positions: int
-
-    @property
-    def kept(self) -> bool:
-        """Whether the block is what refinement made of it."""
-        return self.best_epoch > 0
 
 
 def refine_block(
@@ -111,12 +107,14 @@ def refine_block(
         own.load_state_dict(run.best_state, strict=False)
     else:
         log.warning("%s: refinement did not lower the held-out loss (%s); the block stays as it was", name, stopped)
+    losses = [loss / (variance or 1.0) for loss in (before, *run.losses)]
     return RefineReport(
-        before=before,
-        after=run.losses[run.best_epoch - 1] if run.best_epoch else before,
+        before=losses[0],
+        after=losses[run.best_epoch],
         variance=variance,
-        epoch_losses=run.losses,
+        epoch_losses=losses[1:],
         best_epoch=run.best_epoch,
+        kept=run.best_epoch > 0,
         steps=run.steps,
         stopped=stopped,
         held_out_positions=data.held_out_positions,

@@ -5,13 +5,12 @@ What a step of Adam moves is measured from outside: about the rate, so that rela
 
 import pytest
 import torch
+from streamed_models import GridSolver
 from torch import nn
 
 from seedling.quant.linear import PackedLinear
 from seedling.quant.packed_model import replace_module, tune
 from seedling.quant.relative_rates import relative_groups
-
-from .streamed_models import GridSolver
 
 
 def make_block(size: float) -> nn.Module:
