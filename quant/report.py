@@ -46,13 +46,6 @@ def worst_module(blocks: Sequence[BlockReport]) -> ModuleReport | None:
     return max(judged, key=lambda one: one.error or 0.0, default=None)
 
 
-def refined_errors(block: BlockReport) -> tuple[float, float]:
-    """Return a refined block's held-out squared error before and after, over the variance of its targets."""
-    said = block.refinement or {}
-    variance = said["variance"] or 1.0
-    return said["before"] / variance, said["after"] / variance
-
-
 def as_markdown(blocks: Sequence[BlockReport], *, storage: Storage) -> str:
     lines = [
         f"{storage.bits_per_weight:.3f} bits per packed weight; the model was {storage.ratio:.2f} times as large.",
@@ -70,8 +63,8 @@ def as_markdown(blocks: Sequence[BlockReport], *, storage: Storage) -> str:
         )
     refined = [block for block in blocks if block.refinement]
     if refined:
-        lines += ["", "| block | held-out error before refinement | after | best epoch |", "|---|---|---|---|"]
+        lines += ["", "| block | held-out loss before refinement, over the variance | after | kept |", "|---|---|---|---|"]
         for block in refined:
-            before, after = refined_errors(block)
-            lines.append(f"| {block.name} | {before:.5f} | {after:.5f} | {(block.refinement or {})['best_epoch']} |")
+            said = block.refinement or {}
+            lines.append(f"| {block.name} | {said['before']:.5f} | {said['after']:.5f} | {said['kept']} |")
     return "\n".join(lines) + "\n"
