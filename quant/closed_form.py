@@ -28,7 +28,7 @@ def refitted(problem: Problem, found: Quantised) -> Quantised:
     column_sums_KG = problem.group_sums(problem.hessian_KK)
     for start in range(0, N, rows):
         these = slice(start, start + rows)
-        codes_RK, weight_RK = found.codes_NK[these] - middle, problem.weight_NK[these]
+        codes_RK, weight_RK = found.codes_NK[these].float() - middle, problem.weight_NK[these]
         system, unit_R2G = _system(problem, codes_RK, column_sums_KG)
         for _ in range(PASSES):
             off_RK = torch.addcmul(problem.expand(centre_NG[these]), problem.expand(scale_NG[these]), codes_RK)

@@ -13,8 +13,10 @@ The methods differ in how codes are found, and in where the search starts:
 Shape letters: N rows (output channels), K columns (input channels), G groups in a row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .act_order import ActOrder
@@ -42,8 +44,20 @@ def solve_layer(
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
-    problem = Problem.of(weight_NK, hessian_KK, bits=bits, group_size=group_size)
-    return problem.solution(METHODS[method](problem))
+    with exact_products(weight_NK.device):
+        problem = Problem.of(weight_NK, hessian_KK, bits=bits, group_size=group_size)
+        return problem.solution(METHODS[method](problem))
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Compute in the types that tensors have, whatever the caller does: no autocast, no TF32, no gradients."""
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def default(problem: Problem) -> Quantised:

@@ -178,6 +178,45 @@ def test_bad_input_is_one_clear_error(arguments, complaint):
         solve_layer(given.pop("weight_NK"), given.pop("hessian_KK"), **given)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_of_torch_does_not_matter(method):
+    kinds = {"bits": 2, "group_size": 4, "method": method}
+    plain = solve_layer(W, H, **kinds)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            other = solve_layer(W.clone().requires_grad_(), H, **kinds)
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(plain.codes_NK, other.codes_NK) and torch.equal(plain.scale_NG, other.scale_NG)
+    assert not other.scale_NG.requires_grad and other.scale_NG.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
+def test_inputs_with_a_mean_cost_no_digits(bits, mean):
+    generator = torch.Generator().manual_seed(5)
+    weight_NK = torch.randn(64, 128, generator=generator)
+    inputs_nK = torch.randn(1024, 128, generator=generator, dtype=torch.float64) + mean
+    hessian_KK = inputs_nK.t() @ inputs_nK / 1024
+    found = {
+        method: solve_layer(weight_NK, hessian_KK, bits=bits, group_size=32, method=method).row_errors_N.sum().item()
+        for method in ("second_level", "default")
+    }
+    assert found["default"] < 1.1 * found["second_level"]
+
+
+def test_pairs_of_opposite_columns_are_rounded_as_well_as_any():
+    weight_NK, _ = random_layer(32, 64)
+    hessian_KK = torch.block_diag(*[torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)] * 32)
+    found = {
+        method: solve_layer(weight_NK, hessian_KK, bits=2, group_size=-1, method=method).row_errors_N.sum().item()
+        for method in ("gptq", "default")
+    }
+    assert found["default"] < found["gptq"]
+
+
 def test_without_a_hessian_all_columns_count_alike():
     solved = solve_layer(W, None, bits=2, group_size=4, method="rtn")
     assert isinstance(solved, LayerSolution)
