@@ -60,4 +60,4 @@ def _system(problem: Problem, codes_RK: Tensor, column_sums_KG: Tensor) -> tuple
     system /= unit_R2G[:, None, :]
     system.diagonal(dim1=1, dim2=2).add_(RIDGE)
     lower, failed_R = torch.linalg.cholesky_ex(system)
-    return torch.where((failed_R > 0)[:, None, None], torch.nan, lower), unit_R2G
+    return lower.masked_fill_((failed_R > 0)[:, None, None], torch.nan), unit_R2G

@@ -24,10 +24,11 @@ def spread_of(hessian_KK: Tensor, order_K: Tensor) -> Tensor:
         lower_KK, info = torch.linalg.cholesky_ex(lower_KK)
         if not info.item():
             lower_KK /= lower_KK.diagonal().clone()
-            identity_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device)
-            inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False, unitriangular=True)
-            del lower_KK, identity_KK  # 1 GB each at K = 11008
-            return inverse_KK.float().flip(0, 1)
+            # In place, as each of these is 1 GB at K = 11008; by columns in memory, as LAPACK wants it.
+            inverse_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device).t()
+            torch.linalg.solve_triangular(lower_KK, inverse_KK, upper=False, unitriangular=True, out=inverse_KK)
+            del lower_KK
+            return inverse_KK.float().flip(0, 1).contiguous()
     raise ValueError(f"hessian_KK ({len(hessian_KK)} x {len(hessian_KK)}) is far from positive definite")
 
 
