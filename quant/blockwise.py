@@ -31,11 +31,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RefineConfig:
-    """Learning rates are relative to the size of what they move: 1e-3 moves a scale by about 0.1 % a step."""
+    """Learning rates are relative to the size of what they move: 1e-2 moves a scale by about 1 % a step.
+
+    That is a thousand times the official absolute rate, at a tenth of the steps: on a small LM (docs/log.md) 66 steps
+    lowered the held-out error of a block by 14 to 29 % at 1e-2, by 11 to 26 % at 3e-3 and by 0.2 to 2 % at 3e-5.
+    """
 
     epochs: int = 3
-    lr: float = 1e-4  # of scales, centres and biases
-    norm_lr: float = 1e-4
+    lr: float = 1e-2  # of scales, centres and biases
+    norm_lr: float = 1e-2
     warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.05
     held_out: float = 0.1  # of the batches, or of the sequences where batches are few; at least one
