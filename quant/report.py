@@ -63,11 +63,7 @@ def as_markdown(blocks: Sequence[BlockReport], *, storage: Storage) -> str:
         )
     refined = [block for block in blocks if block.refinement]
     if refined:
-        lines += [
-            "",
-            "| block | held-out loss before refinement, over the variance | after | kept |",
-            "|---|---|---|---|",
-        ]
+        lines += ["", "| block | held-out loss over variance, before refinement | after | kept |", "|---|---|---|---|"]
         for block in refined:
             said = block.refinement or {}
             lines.append(f"| {block.name} | {said['before']:.5f} | {said['after']:.5f} | {said['kept']} |")
