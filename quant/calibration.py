@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from .expert_inputs import ReplayedCalls
 from .expert_layout import expert_layout
 from .expert_problems import ExpertProblem
 from .experts import quantise_experts
-from .kept_blocks import finished_block, install_block
+from .kept_blocks import Kept, finished_block, install_block, kept_for_all
 from .layer_error import error_terms, relative_error
 from .linear import PackedLinear
 from .mixed_targets import MixedTargets
@@ -41,6 +41,7 @@ from .moments import InputMoments
 from .packed_experts import PackedExperts
 from .packed_model import replace_module
 from .ranks import Alone, Ranks
+from .report import BlockReport, ModuleReport, read_report
 from .shared_inputs import InputGroup
 from .solution import LayerSolution
 from .streams import ReadBatches, Stream, touched, within
@@ -59,13 +60,6 @@ class Refine(Protocol):
     ) -> dict[str, Any]: ...
 
 
-class Kept(Protocol):
-    """Where finished blocks are kept: stages/runtime/kept_work.py."""
-
-    def save(self, name: str, tensors: dict[str, Tensor], **facts: Any) -> None: ...
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
-
-
 @dataclass
 class CalibrationConfig:
     """How activations and moments are taken."""
@@ -82,28 +76,6 @@ class CalibrationConfig:
             raise ValueError(f"calibration.full_share is {self.full_share}; give a share from 0 to 1")
         if self.memory_gb < 0:
             raise ValueError(f"calibration.memory_gb is {self.memory_gb}; give gigabytes, 0 to keep all in files")
-
-
-@dataclass
-class ModuleReport:
-    """What became of a module. `error` is |(w~ - w) X|^2 / |w X|^2 on the calibration inputs, before refinement."""
-
-    name: str
-    bits: int
-    group_size: int
-    weights: int
-    bits_per_weight: float
-    tokens: int
-    error: float | None
-    seconds: float
-    fallback: str = ""
-
-
-@dataclass
-class BlockReport:
-    name: str
-    modules: list[ModuleReport] = field(default_factory=list)
-    refinement: dict[str, Any] | None = None
 
 
 class Calibration:
@@ -166,7 +138,7 @@ class Calibration:
         """Quantise one block, or take it from what is kept, and send the batches on."""
         if exact is not None:
             exact.advance(block)
-        found = self.kept.load(block) if self.kept is not None else None
+        found = kept_for_all(self.kept, block, self.ranks)
         if found is not None:
             tensors, facts = found
             install_block(self.model, block, tensors, facts["matrices"])
@@ -181,7 +153,7 @@ class Calibration:
             if self.kept is not None and self.ranks.rank == 0:
                 tensors, matrices = finished_block(self.model, block)
                 self.kept.save(block, tensors, matrices=matrices, report=asdict(report))
-            self.ranks.barrier()
+        self.ranks.barrier()
         if not last:
             stream.advance(block)
         return report
@@ -320,8 +292,3 @@ class Calibration:
         report, state = self.ranks.gather(made)[0]
         self.model.get_submodule(block).load_state_dict(state)
         return report
-
-
-def read_report(values: dict[str, Any]) -> BlockReport:
-    """Return a report that was kept as JSON."""
-    return BlockReport(**{**values, "modules": [ModuleReport(**one) for one in values["modules"]]})

@@ -25,6 +25,7 @@ from .blocks import Part, quantisable
 from .expert_inputs import ReplayedCalls
 from .expert_layout import PROJECTIONS
 from .expert_problems import expert_problems
+from .kept_blocks import Kept, kept_for_all
 from .layer_error import error_terms
 from .linear import PackedLinear
 from .ranks import Alone, Ranks
@@ -58,7 +59,7 @@ class SensitivityReport:
         folder: Path,
         arithmetic: str = "float64",
         memory_gb: float = 8.0,
-        kept: Any = None,
+        kept: Kept | None = None,
         ranks: Ranks | None = None,
     ):
         self.model, self.candidates, self.solve, self.scale_dtype = model.eval(), candidates, solve, scale_dtype
@@ -82,7 +83,7 @@ class SensitivityReport:
 
     def _block(self, block: str, stream: Stream, targets: Mapping[str, Target]) -> list[Sensitivity]:
         name = f"sensitivity-{block}"
-        if self.kept is not None and (kept := self.kept.load(name)) is not None:
+        if (kept := kept_for_all(self.kept, name, self.ranks)) is not None:
             return [read_sensitivity(values) for values in kept[1]["modules"]]
         found = self._measured(block, stream, targets) if targets else []
         if self.kept is not None and self.ranks.rank == 0:

@@ -24,12 +24,12 @@ from ..model.audio_llm import AudioLLM, acllm_facts
 from ..model.prompt import tokenize
 from ..quant.blocks import Part, SpeechPrompts, parts_of, quantisable
 from ..quant.blockwise import RefineConfig, refine_block
-from ..quant.calibration import BlockReport, Calibration, CalibrationConfig
+from ..quant.calibration import Calibration, CalibrationConfig
 from ..quant.decoupleq import METHODS, solve_layer
 from ..quant.hf import declare_packed
 from ..quant.linear import SCALE_DTYPES
 from ..quant.packed_model import codes_hash, model_storage, packed_modules
-from ..quant.report import refined_errors, summary_metrics, worst_module, write_reports
+from ..quant.report import BlockReport, size_in_words, summary_metrics, worst_module, write_reports
 from ..quant.sensitivity import Sensitivity, SensitivityReport, choose_bits
 from ..quant.targets import (
     UNTOUCHED,
@@ -138,7 +138,7 @@ class Quantize:
             writer.facts |= acllm_facts(model) | {"codes": codes_hash(model)}
             writer.metrics |= summary_metrics(blocks, storage=storage)
             worst = worst_module(blocks)
-            print(f"{storage.bits_per_weight:.3f} bits per packed weight, the model {storage.ratio:.2f} times as small")
+            print(size_in_words(storage))
             if worst is not None:
                 print(f"largest error {worst.error:.4f}, in {worst.name}", flush=True)
 
@@ -206,8 +206,8 @@ class Quantize:
     def _say(self, block: BlockReport) -> None:
         if self.world.is_main:
             errors = [one.error for one in block.modules if one.error is not None]
-            refined = refined_errors(block) if block.refinement else ()
-            after = f", of the block {refined[0]:.4f}, refined {refined[1]:.4f}" if refined else ""
+            refined = block.refinement
+            after = f", of the block {refined['before']:.4f}, refined {refined['after']:.4f}" if refined else ""
             said = f"{block.name}: {len(block.modules)} modules, largest error {max(errors, default=0):.4f}"
             print(said + after, flush=True)
 

@@ -8,8 +8,7 @@ Shape letters: N output channels, K input channels, B, T batch and positions.
 
 import copy
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -24,6 +23,7 @@ from streamed_models import (
     speech_batches,
     token_batches,
 )
+from thread_ranks import on_ranks
 from torch import nn
 
 from seedling.quant.block_input import BlockInput
@@ -335,51 +335,22 @@ def test_targets_of_refinement_lie_between_both_paths(share, tmp_path):
             torch.testing.assert_close(target_BTD, share * full[0] + (1 - share) * own, rtol=1e-5, atol=1e-5)
 
 
-class Together:
-    """Ranks that are threads of one process, meeting at a barrier."""
-
-    def __init__(self, size):
-        self.size, self.meeting, self.values = size, threading.Barrier(size, timeout=60), [None] * size
-
-    def of(self, rank):
-        one = copy.copy(self)
-        one.rank = rank
-        return one
-
-    def gather(self, value):
-        self.values[self.rank] = value
-        self.meeting.wait()
-        found = copy.deepcopy(self.values)
-        self.meeting.wait()
-        return found
-
-    def sum_floats(self, values):
-        return sum(self.gather(values))
-
-    def barrier(self):
-        self.meeting.wait()
-
-
 @pytest.mark.parametrize("family, size", [("qwen2", 2), ("qwen2", 3), ("mixtral", 2)])
 def test_any_number_of_ranks_packs_the_weights_of_one(family, size, tmp_path):
     """Three batches on two or three ranks; H differs by 1e-16 of its size, which turns no code of this solver."""
     batches = token_batches(3)
     alone = make_llm(family)
     _, expected = quantise(alone, batches, tmp_path / "alone", refine=refine)
-    # Made before the threads, which share the generator that draws weights.
-    together, models = Together(size), [make_llm(family) for _ in range(size)]
+    models = [make_llm(family) for _ in range(size)]
 
-    def run(rank):
-        model = models[rank]
-        calibration = Calibration(
-            model, solve=GridSolver(), folder=tmp_path / "together", refine=refine, ranks=together.of(rank)
-        )
-        read = reader(batches, rank=rank, size=size)
+    def run(ranks):
+        model = models[ranks.rank]
+        calibration = Calibration(model, solve=GridSolver(), folder=tmp_path / "together", refine=refine, ranks=ranks)
+        read = reader(batches, rank=ranks.rank, size=size)
         reports = calibration.run(parts_of(model), read, targets=all_targets(model))
         return model.state_dict(), {one.name: one for report in reports for one in report.modules}
 
-    with ThreadPoolExecutor(size) as threads:
-        results = list(threads.map(run, range(size)))
+    results = on_ranks(size, run)
     for state, reports in results:
         assert {name: one.tokens for name, one in reports.items()} == {
             name: one.tokens for name, one in expected.items()
@@ -388,3 +359,33 @@ def test_any_number_of_ranks_packs_the_weights_of_one(family, size, tmp_path):
             torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     assert all(torch.equal(results[0][0][name], results[-1][0][name]) for name in results[0][0])
     assert not (tmp_path / "together").exists()
+
+
+class LateShelf:
+    """A shelf as a slow rank sees it: it looks half a second after the others have kept what they make."""
+
+    def __init__(self, shelf):
+        self.shelf, self.save = shelf, shelf.save
+
+    def load(self, name):
+        time.sleep(0.5)
+        return self.shelf.load(name)
+
+
+def test_ranks_that_differ_in_speed_take_the_same_way_where_a_block_is_left_alone(tmp_path):
+    """Rank 0 keeps the block in the middle, in which there is nothing to do, before rank 1 looks for it."""
+    batches = token_batches(2)
+    models = [make_llm("llama", layers=3) for _ in range(2)]
+    targets = {f"model.layers.{layer}.mlp.down_proj": Target(4, 16) for layer in (0, 2)}
+    shared = Shelf()
+
+    def run(ranks):
+        model = models[ranks.rank]
+        kept = LateShelf(shared) if ranks.rank else shared
+        calibration = Calibration(model, solve=GridSolver(), folder=tmp_path / "activations", kept=kept, ranks=ranks)
+        calibration.run(parts_of(model), reader(batches, rank=ranks.rank, size=2), targets=targets)
+        return model.state_dict()
+
+    one, two = on_ranks(2, run)
+    assert list(shared) == [f"model.layers.{layer}" for layer in range(3)]
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,11 +1,14 @@
 """Dealing out bits: within the budget, as good as brute force on small cases, and errors that are those of modules."""
 
 import itertools
+import json
+import time
 
 import numpy as np
 import pytest
 import torch
 from streamed_models import GridSolver, make_llm, reader, token_batches
+from thread_ranks import on_ranks
 
 from seedling.quant.blocks import parts_of, quantisable
 from seedling.quant.linear import PackedLinear
@@ -145,3 +148,37 @@ def test_errors_are_those_of_each_module_alone_on_full_precision_inputs(tmp_path
             assert one.errors[bits] == pytest.approx(lost.item(), rel=1e-3), one.name
             assert one.bits_per_weight[bits] == pytest.approx(packed.bits_per_weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_ranks_that_differ_in_speed_take_the_same_way_where_a_block_is_left_alone(tmp_path):
+    """Rank 0 keeps the block in the middle, in which there is nothing to measure, before rank 1 looks for it."""
+    batches, models, shelf = token_batches(2), [make_llm("llama", layers=3) for _ in range(2)], {}
+    targets = {f"model.layers.{layer}.mlp.down_proj": Target(4, 16) for layer in (0, 2)}
+
+    class Shelf:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def save(self, name, tensors, **facts):
+            shelf[name] = (tensors, json.loads(json.dumps(facts)))
+
+        def load(self, name):
+            time.sleep(0.5 * self.rank)
+            return shelf.get(name)
+
+    def run(ranks):
+        model = models[ranks.rank]
+        report = SensitivityReport(
+            model,
+            candidates=[2, 4],
+            solve=GridSolver(),
+            scale_dtype=torch.bfloat16,
+            folder=tmp_path / "activations",
+            kept=Shelf(ranks.rank),
+            ranks=ranks,
+        )
+        return report.run(parts_of(model), reader(batches, rank=ranks.rank, size=2), targets=targets)
+
+    one, two = on_ranks(2, run)
+    assert one == two and [module.name for module in one] == list(targets)
+    assert len(shelf) == 3
