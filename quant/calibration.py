@@ -37,7 +37,7 @@ from .kept_blocks import Kept, finished_block, install_block, kept_for_all
 from .layer_error import error_terms, relative_error
 from .linear import PackedLinear
 from .mixed_targets import MixedTargets
-from .moments import InputMoments
+from .moments import ARITHMETICS, InputMoments
 from .packed_experts import PackedExperts
 from .packed_model import replace_module
 from .ranks import Alone, Ranks
@@ -47,6 +47,7 @@ from .solution import LayerSolution
 from .streams import ReadBatches, Stream, touched, within
 from .targets import Target
 
+NEVER_CALLED = "%s: no calibration batch calls it; it stays in full precision"
 log = logging.getLogger(__name__)
 
 Solve = Callable[..., LayerSolution]  # (weight_NK, hessian_KK or None, *, bits, group_size)
@@ -72,6 +73,9 @@ class CalibrationConfig:
     memory_gb: float = 8.0  # of activations that a rank keeps on the host; what is past it lies in files
 
     def __post_init__(self):
+        if self.arithmetic not in ARITHMETICS:
+            choices = ", ".join(ARITHMETICS)
+            raise ValueError(f"calibration.arithmetic is {self.arithmetic!r}; choose one of {choices}")
         if not 0 <= self.full_share <= 1:
             raise ValueError(f"calibration.full_share is {self.full_share}; give a share from 0 to 1")
         if self.memory_gb < 0:
@@ -165,7 +169,7 @@ class Calibration:
         modules = {name: one for name, one in quantisable(self.model, block).items() if name in targets}
         groups = shared_groups(module, modules, inputs, self.ranks)
         for name in set(modules) - {name for group in groups for name in group.names}:
-            log.warning("%s: no calibration batch calls it; it stays in full precision", name)
+            log.warning(NEVER_CALLED, name)
         reports = []
         for together in [[group] for group in groups] if self.cfg.true_sequential else [groups]:
             linear = [group for group in together if type(modules[group.names[0]]) is nn.Linear]

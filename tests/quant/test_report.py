@@ -36,7 +36,8 @@ def packed_model():
 
 def row(folder, name):
     lines = (folder / "quantization.md").read_text().splitlines()
-    return next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(f"| {name} |"))
+    # The last one: a table's first line may begin with the same word.
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(f"| {name} |")][-1]
 
 
 def test_errors_of_a_block_are_those_of_its_refinement_whatever_the_size_of_its_activations(tmp_path):
