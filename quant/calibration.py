@@ -255,12 +255,13 @@ class Calibration:
             solution = self._solve(problem.name, problem.weight_NK, H_KK, target)
             tokens.append(problem.tokens)
             if H_KK is not None:
-                errors.append(error_terms(solution.dequantised_NK(), problem.weight_NK, H_KK))
+                stored = self._packed(problem.name, solution, None)  # scales in 16 bits, as a linear layer is judged
+                errors.append(error_terms(stored.dequantised_NK(), problem.weight_NK, H_KK))
             return solution
 
         packed, fallbacks = quantise_experts(
             experts,
-            ReplayedCalls(block, experts, inputs),
+            ReplayedCalls(block, experts, inputs, numbers=inputs.batches),
             solve,
             name=name,
             scale_dtype=self.scale_dtype,

@@ -107,7 +107,7 @@ class SensitivityReport:
         for group in groups:
             if group not in linear:
                 name = group.names[0]
-                calls = ReplayedCalls(module, modules[name], inputs)
+                calls = ReplayedCalls(module, modules[name], inputs, numbers=inputs.batches)
                 terms[name] = self._expert_terms(name, modules[name], calls, targets[name].group_size)
         return [
             _sensitivity(name, sum(p.numel() for p in _matrices(modules[name])), terms[name])

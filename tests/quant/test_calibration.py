@@ -254,6 +254,49 @@ def test_fused_experts_are_quantised_with_the_rest(family, tmp_path):
     assert all(torch.isfinite(call(model, batch)).all() for batch in batches)
 
 
+def test_errors_of_experts_are_those_of_the_stored_weights(tmp_path):
+    """An expert's error is that of both projections on its own tokens, down's on what the stored gate_up makes."""
+    model, batches, calls = make_llm("mixtral"), token_batches(6), []
+    name = "model.layers.0.mlp.experts"
+    experts = model.get_submodule(name)
+    with torch.no_grad():  # exact in codes and float32 scales: what is lost is lost by scales of 16 bits
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            codes = torch.randint(0, 4, weight.shape, generator=torch.Generator().manual_seed(3))
+            codes[..., 0], codes[..., 1] = 0, 3
+            weight.copy_((codes - 1.5) * 0.1234567)
+    hook = experts.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    for batch in batches:
+        call(model, batch)
+    hook.remove()
+    counts = torch.cat([batch["attention_mask"].reshape(-1).bool() for batch in batches])
+    x_nK, index_nk = (torch.cat([one[at] for one in calls])[counts] for at in (0, 1))
+    whole = [(experts.gate_up_proj[e].detach().double(), experts.down_proj[e].detach().double()) for e in range(4)]
+    _, reports = quantise(model, batches, tmp_path, targets={name: Target(2, -1)})
+    packed, lost, total = model.get_submodule(name), 0.0, 0.0
+    for e in range(4):
+        own_nK = x_nK[(index_nk == e).any(1)].double()
+        stored = [one.dequantised_NK(e).double() for one in (packed.gate_up, packed.down)]
+        gate_nI, up_nI = (own_nK @ stored[0].T).chunk(2, dim=1)
+        for x, quantised_NK, weight_NK in zip((own_nK, nn.functional.silu(gate_nI) * up_nI), stored, whole[e]):
+            lost += ((x @ (quantised_NK - weight_NK).T) ** 2).sum() / len(x)
+            total += ((x @ weight_NK.T) ** 2).sum() / len(x)
+    assert not reports[name].fallback and lost > 1e-7 * total
+    assert reports[name].error == pytest.approx(float(lost / total), rel=1e-3)
+
+
+def test_a_batch_that_is_not_finite_at_experts_has_its_number_among_all_ranks(tmp_path):
+    model, batches = make_llm("mixtral"), token_batches(4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    for batch in batches:
+        batch["input_ids"][batch["input_ids"] == 7] = 8
+    batches[3]["input_ids"][0, 0] = 7
+    calibration = Calibration(model, solve=GridSolver(), folder=tmp_path / "activations")
+    targets = {"model.layers.0.mlp.experts": Target(2, 16)}
+    with pytest.raises(ValueError, match=r"experts.*calibration batch 3;"):  # the second of a rank with 1 and 3
+        calibration.run(parts_of(model), reader(batches, rank=1, size=2), targets=targets)
+
+
 def test_modules_of_one_input_are_found_by_the_tensor_they_get():
     block = decoder_layers(make_llm("llama"))[0]
     names = {name: one for name, one in block.named_modules() if type(one) is nn.Linear}
