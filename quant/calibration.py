@@ -105,13 +105,13 @@ class Calibration:
     def run(self, parts: Sequence[Part], read: ReadBatches, *, targets: Mapping[str, Target]) -> list[BlockReport]:
         """Quantise the modules that `targets` names, which lie in blocks of `parts`, and report on every block."""
         spans = [(part, span) for part in parts if (span := touched(part, targets))]
-        exact: dict[str, Stream] = {}
+        full: dict[str, Stream] = {}
         if self.refine and self.cfg.full_share:
             # The full-precision stream starts before anything is quantised, in all parts.
-            exact = {part.name: self._stream(part, span, read, "exact") for part, span in spans}
+            full = {part.name: self._stream(part, span, read, "full") for part, span in spans}
         reports: list[BlockReport] = []
         for part, span in spans:
-            streams = self._stream(part, span, read, "quantised"), exact.get(part.name)
+            streams = self._stream(part, span, read, "quantised"), full.get(part.name)
             for block in span:
                 reports.append(self._block(block, *streams, within(targets, block), last=block == span[-1]))
                 self.on_block(reports[-1])
@@ -137,11 +137,11 @@ class Calibration:
     # ---- one block
 
     def _block(
-        self, block: str, stream: Stream, exact: Stream | None, targets: Mapping[str, Target], *, last: bool
+        self, block: str, stream: Stream, full: Stream | None, targets: Mapping[str, Target], *, last: bool
     ) -> BlockReport:
         """Quantise one block, or take it from what is kept, and send the batches on."""
-        if exact is not None:
-            exact.advance(block)
+        if full is not None:
+            full.advance(block)
         found = kept_for_all(self.kept, block, self.ranks)
         if found is not None:
             tensors, facts = found
@@ -153,7 +153,7 @@ class Calibration:
                 own = stream.behind(block, store=self._store("own"))
             report = BlockReport(block, self._quantise(block, stream, targets))
             if self.refine is not None and report.modules:
-                report.refinement = self._refine(block, stream, exact, own)
+                report.refinement = self._refine(block, stream, full, own)
             if self.kept is not None and self.ranks.rank == 0:
                 tensors, matrices = finished_block(self.model, block)
                 self.kept.save(block, tensors, matrices=matrices, report=asdict(report))
@@ -283,12 +283,12 @@ class Calibration:
             fallback="; ".join(f"{which}: {what}" for which, what in fallbacks.items()),
         )
 
-    def _refine(self, block: str, stream: Stream, exact: Stream | None, own: Stream | None) -> dict[str, Any]:
+    def _refine(self, block: str, stream: Stream, full: Stream | None, own: Stream | None) -> dict[str, Any]:
         """Refine a block on rank 0, with the batches of all ranks in their order, and give the others what it made."""
         assert self.refine is not None
         inputs = stream.of_all_ranks(block, self.ranks).inputs(block)
-        full, owned = (one and one.of_all_ranks(block, self.ranks).hidden(block) for one in (exact, own))
-        targets = MixedTargets(full, owned, share=self.cfg.full_share) if full and owned else full or owned
+        fulls, owns = (one and one.of_all_ranks(block, self.ranks).hidden(block) for one in (full, own))
+        targets = MixedTargets(fulls, owns, share=self.cfg.full_share) if fulls and owns else fulls or owns
         made = None
         if self.ranks.rank == 0:
             module = self.model.get_submodule(block)
