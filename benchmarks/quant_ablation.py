@@ -61,6 +61,7 @@ DOMAINS = {
         control_config="context_sft_demo",
         control_settings={
             **GENTLY,
+            "encoder.dropout": 0.0,  # as in quant_finetune
             "train.lr": {"encoder": 5e-4, "converter": 7e-4, "ctc_head": 5e-4, "llm": 5e-4},
         },
     ),

@@ -228,7 +228,7 @@ def test_audio_that_cannot_be_read_is_an_error_before_any_block_is_kept(given, s
 def test_what_no_batch_calls_is_left_out_of_the_budget_with_a_warning(caplog):
     targets = {name: Target(2, 64) for name in ("a.called", "a.never")}
     measured = [Sensitivity("a.called", 100, {2: 0.5, 4: 0.1}, {2: 2.5, 4: 4.5})]
-    cfg = QuantizeConfig(run_dir="run", inputs={}, budget=4.5, candidates=[2, 4])
+    cfg = QuantizeConfig(stage="quantize", run_dir="run", inputs={}, budget=4.5, candidates=[2, 4])
     assert within_budget(cfg, targets, measured) == {"a.called": Target(4, 64)}
     assert "a.never: no calibration batch calls it; it stays in full precision" in caplog.text
 
@@ -245,7 +245,9 @@ def test_contexts_are_cut_to_what_the_recogniser_takes_and_keep_what_is_said(sft
         return [UtteranceContext("relevant", ", ".join(phrases), phrases)]
 
     sidecar = tiny_runs.make_contexts(tmp_path / "contexts", shards, contexts_of)
-    cfg = QuantizeConfig(run_dir="run", inputs={}, seconds=5, batch_seconds=6, contexts=[str(sidecar)])
+    cfg = QuantizeConfig(
+        stage="quantize", run_dir="run", inputs={}, seconds=5, batch_seconds=6, contexts=[str(sidecar)]
+    )
     cfg.data.train, cfg.context = [str(shards)], ContextConfig(share=1.0, keep_relevant=keep)
     stage = Quantize()
     stage.cfg, stage.world = cfg, init_world()
@@ -262,7 +264,9 @@ def test_a_context_length_that_is_not_the_recognisers_is_refused(sft_run, shards
     model = AudioLLM.from_pretrained(sft_run / "artifact")
     model.config.reads_contexts = True
     takes = model.processor.prompts.context_tokens
-    cfg = QuantizeConfig(run_dir="run", inputs={}, contexts=["somewhere"], context=ContextConfig(max_tokens=takes + 7))
+    cfg = QuantizeConfig(
+        stage="quantize", run_dir="run", inputs={}, contexts=["somewhere"], context=ContextConfig(max_tokens=takes + 7)
+    )
     cfg.data.train = [str(shards)]
     stage = Quantize()
     stage.cfg, stage.world = cfg, init_world()
