@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,19 +33,21 @@ from .expert_inputs import ReplayedCalls
 from .expert_layout import expert_layout
 from .expert_problems import ExpertProblem
 from .experts import quantise_experts
-from .kept_blocks import finished_block, install_block
+from .kept_blocks import Kept, finished_block, install_block, kept_for_all
 from .layer_error import error_terms, relative_error
 from .linear import PackedLinear
 from .mixed_targets import MixedTargets
-from .moments import InputMoments
+from .moments import ARITHMETICS, InputMoments
 from .packed_experts import PackedExperts
 from .packed_model import replace_module
 from .ranks import Alone, Ranks
+from .report import BlockReport, ModuleReport, read_report
 from .shared_inputs import InputGroup
 from .solution import LayerSolution
 from .streams import ReadBatches, Stream, touched, within
 from .targets import Target
 
+NEVER_CALLED = "%s: no calibration batch calls it; it stays in full precision"
 log = logging.getLogger(__name__)
 
 Solve = Callable[..., LayerSolution]  # (weight_NK, hessian_KK or None, *, bits, group_size)
@@ -57,13 +59,6 @@ class Refine(Protocol):
     def __call__(
         self, block: nn.Module, inputs: Sequence, targets_BTD: Sequence[Tensor], *, name: str
     ) -> dict[str, Any]: ...
-
-
-class Kept(Protocol):
-    """Where finished blocks are kept: stages/runtime/kept_work.py."""
-
-    def save(self, name: str, tensors: dict[str, Tensor], **facts: Any) -> None: ...
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
 
 
 @dataclass
@@ -78,32 +73,13 @@ class CalibrationConfig:
     memory_gb: float = 8.0  # of activations that a rank keeps on the host; what is past it lies in files
 
     def __post_init__(self):
+        if self.arithmetic not in ARITHMETICS:
+            choices = ", ".join(ARITHMETICS)
+            raise ValueError(f"calibration.arithmetic is {self.arithmetic!r}; choose one of {choices}")
         if not 0 <= self.full_share <= 1:
             raise ValueError(f"calibration.full_share is {self.full_share}; give a share from 0 to 1")
         if self.memory_gb < 0:
             raise ValueError(f"calibration.memory_gb is {self.memory_gb}; give gigabytes, 0 to keep all in files")
-
-
-@dataclass
-class ModuleReport:
-    """What became of a module. `error` is |(w~ - w) X|^2 / |w X|^2 on the calibration inputs, before refinement."""
-
-    name: str
-    bits: int
-    group_size: int
-    weights: int
-    bits_per_weight: float
-    tokens: int
-    error: float | None
-    seconds: float
-    fallback: str = ""
-
-
-@dataclass
-class BlockReport:
-    name: str
-    modules: list[ModuleReport] = field(default_factory=list)
-    refinement: dict[str, Any] | None = None
 
 
 class Calibration:
@@ -129,13 +105,13 @@ class Calibration:
     def run(self, parts: Sequence[Part], read: ReadBatches, *, targets: Mapping[str, Target]) -> list[BlockReport]:
         """Quantise the modules that `targets` names, which lie in blocks of `parts`, and report on every block."""
         spans = [(part, span) for part in parts if (span := touched(part, targets))]
-        exact: dict[str, Stream] = {}
+        full: dict[str, Stream] = {}
         if self.refine and self.cfg.full_share:
             # The full-precision stream starts before anything is quantised, in all parts.
-            exact = {part.name: self._stream(part, span, read, "exact") for part, span in spans}
+            full = {part.name: self._stream(part, span, read, "full") for part, span in spans}
         reports: list[BlockReport] = []
         for part, span in spans:
-            streams = self._stream(part, span, read, "quantised"), exact.get(part.name)
+            streams = self._stream(part, span, read, "quantised"), full.get(part.name)
             for block in span:
                 reports.append(self._block(block, *streams, within(targets, block), last=block == span[-1]))
                 self.on_block(reports[-1])
@@ -161,12 +137,12 @@ class Calibration:
     # ---- one block
 
     def _block(
-        self, block: str, stream: Stream, exact: Stream | None, targets: Mapping[str, Target], *, last: bool
+        self, block: str, stream: Stream, full: Stream | None, targets: Mapping[str, Target], *, last: bool
     ) -> BlockReport:
         """Quantise one block, or take it from what is kept, and send the batches on."""
-        if exact is not None:
-            exact.advance(block)
-        found = self.kept.load(block) if self.kept is not None else None
+        if full is not None:
+            full.advance(block)
+        found = kept_for_all(self.kept, block, self.ranks)
         if found is not None:
             tensors, facts = found
             install_block(self.model, block, tensors, facts["matrices"])
@@ -177,11 +153,11 @@ class Calibration:
                 own = stream.behind(block, store=self._store("own"))
             report = BlockReport(block, self._quantise(block, stream, targets))
             if self.refine is not None and report.modules:
-                report.refinement = self._refine(block, stream, exact, own)
+                report.refinement = self._refine(block, stream, full, own)
             if self.kept is not None and self.ranks.rank == 0:
                 tensors, matrices = finished_block(self.model, block)
                 self.kept.save(block, tensors, matrices=matrices, report=asdict(report))
-            self.ranks.barrier()
+        self.ranks.barrier()
         if not last:
             stream.advance(block)
         return report
@@ -193,7 +169,7 @@ class Calibration:
         modules = {name: one for name, one in quantisable(self.model, block).items() if name in targets}
         groups = shared_groups(module, modules, inputs, self.ranks)
         for name in set(modules) - {name for group in groups for name in group.names}:
-            log.warning("%s: no calibration batch calls it; it stays in full precision", name)
+            log.warning(NEVER_CALLED, name)
         reports = []
         for together in [[group] for group in groups] if self.cfg.true_sequential else [groups]:
             linear = [group for group in together if type(modules[group.names[0]]) is nn.Linear]
@@ -279,12 +255,13 @@ class Calibration:
             solution = self._solve(problem.name, problem.weight_NK, H_KK, target)
             tokens.append(problem.tokens)
             if H_KK is not None:
-                errors.append(error_terms(solution.dequantised_NK(), problem.weight_NK, H_KK))
+                stored = self._packed(problem.name, solution, None)  # scales in 16 bits, as a linear layer is judged
+                errors.append(error_terms(stored.dequantised_NK(), problem.weight_NK, H_KK))
             return solution
 
         packed, fallbacks = quantise_experts(
             experts,
-            ReplayedCalls(block, experts, inputs),
+            ReplayedCalls(block, experts, inputs, numbers=inputs.batches),
             solve,
             name=name,
             scale_dtype=self.scale_dtype,
@@ -306,12 +283,12 @@ class Calibration:
             fallback="; ".join(f"{which}: {what}" for which, what in fallbacks.items()),
         )
 
-    def _refine(self, block: str, stream: Stream, exact: Stream | None, own: Stream | None) -> dict[str, Any]:
+    def _refine(self, block: str, stream: Stream, full: Stream | None, own: Stream | None) -> dict[str, Any]:
         """Refine a block on rank 0, with the batches of all ranks in their order, and give the others what it made."""
         assert self.refine is not None
         inputs = stream.of_all_ranks(block, self.ranks).inputs(block)
-        full, owned = (one and one.of_all_ranks(block, self.ranks).hidden(block) for one in (exact, own))
-        targets = MixedTargets(full, owned, share=self.cfg.full_share) if full and owned else full or owned
+        fulls, owns = (one and one.of_all_ranks(block, self.ranks).hidden(block) for one in (full, own))
+        targets = MixedTargets(fulls, owns, share=self.cfg.full_share) if fulls and owns else fulls or owns
         made = None
         if self.ranks.rank == 0:
             module = self.model.get_submodule(block)
@@ -320,8 +297,3 @@ class Calibration:
         report, state = self.ranks.gather(made)[0]
         self.model.get_submodule(block).load_state_dict(state)
         return report
-
-
-def read_report(values: dict[str, Any]) -> BlockReport:
-    """Return a report that was kept as JSON."""
-    return BlockReport(**{**values, "modules": [ModuleReport(**one) for one in values["modules"]]})

@@ -50,16 +50,17 @@ class ReplayedCalls:
     """The calls of an experts module inside a block, one per batch, made again whenever they are iterated over.
 
     Nothing is stored: the price is a forward pass of the block up to its experts. A list of ExpertCall does as well
-    where n x K values per layer fit into memory.
+    where n x K values per layer fit into memory. `numbers` are the batches' among those of all ranks, for errors.
     """
 
-    def __init__(self, block: nn.Module, module: nn.Module, inputs: Sequence[BlockInput]):
-        self.block, self.module, self.inputs = block, module, inputs
+    def __init__(self, block: nn.Module, module: nn.Module, inputs: Sequence[BlockInput], *, numbers: Sequence[int]):
+        assert len(inputs) == len(numbers)
+        self.block, self.module, self.inputs, self.numbers = block, module, inputs, numbers
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[ExpertCall]:
-        for number in range(len(self.inputs)):
-            yield self._call(self.inputs[number], number)
+        for at, number in enumerate(self.numbers):
+            yield self._call(self.inputs[at], number)
 
     def _call(self, batch: BlockInput, number: int) -> ExpertCall:
         def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,4 +1,4 @@
-"""Targets of a block between two truths: what its full-precision form makes of its own inputs, and of exact ones.
+"""Targets of a block between two truths: what its full-precision form makes of the inputs it has, and of full ones.
 
 Towards its own output on inputs that carry the error of the blocks before it, a block repairs itself alone ("own", the
 official decoupleQ). Towards the output of the full-precision path ("full") it repairs what came before it too.

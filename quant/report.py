@@ -1,15 +1,44 @@
-"""quantization.json and quantization.md: what became of every module and block, for programs and for people."""
+"""What became of every module and block: quantization.json for programs, quantization.md for people."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .calibration import BlockReport, ModuleReport
 from .sensitivity import Sensitivity
 from .storage import Storage
+
+
+@dataclass
+class ModuleReport:
+    """What became of a module. `error` is |(w~ - w) X|^2 / |w X|^2 on the calibration inputs, before refinement."""
+
+    name: str
+    bits: int
+    group_size: int
+    weights: int
+    bits_per_weight: float
+    tokens: int
+    error: float | None
+    seconds: float
+    fallback: str = ""
+
+
+@dataclass
+class BlockReport:
+    """`refinement` has the fields of blockwise.RefineReport, whose errors are over the variance of the targets."""
+
+    name: str
+    modules: list[ModuleReport] = field(default_factory=list)
+    refinement: dict[str, Any] | None = None
+
+
+def read_report(values: dict[str, Any]) -> BlockReport:
+    """Return a report that was kept as JSON."""
+    return BlockReport(**{**values, "modules": [ModuleReport(**one) for one in values["modules"]]})
 
 
 def write_reports(
@@ -18,7 +47,7 @@ def write_reports(
     """Write both files into `folder`."""
     said = {
         "bits_per_weight": storage.bits_per_weight,
-        "ratio": storage.ratio,
+        "ratio_to_16_bits": storage.ratio,
         "blocks": [asdict(block) for block in blocks],
         "sensitivity": [asdict(one) for one in sensitivity],
     }
@@ -33,7 +62,7 @@ def summary_metrics(blocks: Sequence[BlockReport], *, storage: Storage) -> dict[
     return {
         "bits_per_weight": storage.bits_per_weight,
         "packed_weights": storage.weights,
-        "size_ratio": storage.ratio,  # how many times as large the model was, other tensors included
+        "ratio_to_16_bits": storage.ratio,  # how many times as large it were with 16 bits for packed weights
         "worst_error": max(errors, default=0.0),
         "mean_error": sum(errors) / max(len(errors), 1),
         "fallbacks": sum(1 for one in modules if one.fallback),
@@ -46,9 +75,17 @@ def worst_module(blocks: Sequence[BlockReport]) -> ModuleReport | None:
     return max(judged, key=lambda one: one.error or 0.0, default=None)
 
 
+def size_in_words(storage: Storage) -> str:
+    """Say what packed weights take. The comparison is to 16 bits, in whatever precision the input was stored."""
+    return (
+        f"{storage.bits_per_weight:.3f} bits per packed weight; the model is {storage.ratio:.2f} times as small as "
+        "with 16 bits a packed weight"
+    )
+
+
 def as_markdown(blocks: Sequence[BlockReport], *, storage: Storage) -> str:
     lines = [
-        f"{storage.bits_per_weight:.3f} bits per packed weight; the model was {storage.ratio:.2f} times as large.",
+        f"{size_in_words(storage)}.",
         "",
         "`error` is |(w~ - w) X|^2 / |w X|^2 on the calibration inputs, before refinement.",
         "",

@@ -61,6 +61,10 @@ class QuantFinetuneConfig(ContextualConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        if self.kl_weight == 0 and self.temperature != QuantFinetuneConfig.temperature:
+            raise ValueError(
+                f"temperature is {self.temperature} and kl_weight 0, so it has no effect; set kl_weight or leave it out"
+            )
         if self.llm_training != "frozen":
             raise ValueError(
                 f"llm_training is {self.llm_training!r}, and this stage trains the scales of what is packed; leave it "
@@ -189,19 +193,29 @@ class QuantFinetune(ContextualTraining):
         loss_sum, metrics = self.loss_sum(out), self.metrics(out, batch, prompts)
         if distils:
             taught = out if only_shapes(model) else self._taught(batch, prompts)
-            kl_sum, frames_sum = self._distance(taught, out)
-            loss_sum = loss_sum + cfg.kl_weight * kl_sum + cfg.encoder_weight * frames_sum
-            metrics |= {"kl": (kl_sum.detach(), out.count), "encoder_error": (frames_sum.detach(), out.count)}
+            sums = self._distances(taught, out)
+            for name, weight in (("kl", cfg.kl_weight), ("encoder_error", cfg.encoder_weight)):
+                if weight:
+                    loss_sum = loss_sum + weight * sums[name]
+            metrics |= {name: (distance.detach(), out.count) for name, distance in sums.items()}
         return StepOutput(loss_sum, metrics)
 
-    def _distance(self, taught: AudioLLMOutput, out: AudioLLMOutput) -> tuple[Tensor, Tensor]:
-        """Return KL and error of the encoder's frames, summed over target tokens."""
+    def _distances(self, taught: AudioLLMOutput, out: AudioLLMOutput) -> dict[str, Tensor]:
+        """Return "kl" and "encoder_error", that of the encoder's frames, summed over target tokens.
+
+        Gradients flow through those that have a weight; frames that do not compare, those of another encoder, have no
+        error.
+        """
+        cfg, sums = self.cfg, {}
         assert taught.logits_NV is not None and out.logits_NV is not None
-        kl_sum = token_kl(taught.logits_NV, out.logits_NV, temperature=self.cfg.temperature).sum()
-        if taught.speech.encoder_BTD.shape != out.speech.encoder_BTD.shape:
-            return kl_sum, torch.zeros_like(kl_sum)  # another encoder: encoder_weight is 0
-        error_B = relative_frame_error(taught.speech.encoder_BTD, out.speech.encoder_BTD, out.speech.encoder_lengths_B)
-        return kl_sum, error_B[out.rows_N].sum()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cfg.kl_weight > 0):
+            sums["kl"] = token_kl(taught.logits_NV, out.logits_NV, temperature=cfg.temperature).sum()
+        theirs_BTD, ours_BTD = taught.speech.encoder_BTD, out.speech.encoder_BTD
+        if theirs_BTD.shape == ours_BTD.shape:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and cfg.encoder_weight > 0):
+                error_B = relative_frame_error(theirs_BTD, ours_BTD, out.speech.encoder_lengths_B)
+                sums["encoder_error"] = error_B[out.rows_N].sum()
+        return sums
 
     def beyond_greedy(self, model: AudioLLM, batch: AudioBatch) -> Metrics:
         """Beside the usual: how far from the teacher it is on held-out speech."""
@@ -210,8 +224,8 @@ class QuantFinetune(ContextualTraining):
         found: Metrics = {}
         for prefix, prompts in self.conditions(batch).items():
             out = self.hear(model, batch, prompts, ctc=False, return_logits=True)
-            kl_sum, frames_sum = self._distance(self._taught(batch, prompts), out)
-            found |= {f"{prefix}kl": (kl_sum, out.count), f"{prefix}encoder_error": (frames_sum, out.count)}
+            sums = self._distances(self._taught(batch, prompts), out)
+            found |= {f"{prefix}{name}": (distance, out.count) for name, distance in sums.items()}
         return found
 
     # ---- what comes out

@@ -13,7 +13,7 @@ from ...data.contexts.sidecar import UtteranceContext
 from ...data.loader import AudioBatch
 from ...data.scoring.phrases import Tokens, phrase_of
 from ...model.audio_llm import AudioLLM
-from ...model.processor import FittedContext
+from ...model.processor import AudioLLMProcessor, FittedContext
 from ..runtime.artifacts import Artifact, ArtifactSpec
 from ..runtime.metrics import Metrics
 from .training import Prompts, RecogniserConfig, RecogniserTraining
@@ -73,11 +73,7 @@ class ContextualTraining(RecogniserTraining):
         """Return the contexts as they stand in the prompts; None where an utterance, or all of them, have none."""
         if batch.contexts is None:
             return None
-        fitted = []
-        for context, text in zip(batch.contexts, batch.texts):
-            keep = _said(context, text) if self.cfg.context.keep_relevant else ()
-            fitted.append(self.processor.fit_context(context.text if context else None, keep=keep))
-        return fitted
+        return fitted_contexts(self.processor, batch, keep_relevant=self.cfg.context.keep_relevant)
 
     def prompt_metrics(self, batch: AudioBatch, prompts: Prompts) -> Metrics:
         """Beside the usual: the share of triples, how long contexts are, how many were cut."""
@@ -112,6 +108,17 @@ class ContextualTraining(RecogniserTraining):
             spoken += len(said)
             found += sum(bool(hypothesis.occurrences(phrase)) for phrase in said)
         return [*rates, ("phrase_recall", found, spoken)]
+
+
+def fitted_contexts(
+    processor: AudioLLMProcessor, batch: AudioBatch, *, keep_relevant: bool
+) -> list[FittedContext | None]:
+    """Return a batch's contexts cut to what prompts hold, with `keep_relevant` around the phrases that are said."""
+    fitted = []
+    for context, text in zip(batch.contexts or (), batch.texts):
+        keep = _said(context, text) if keep_relevant else ()
+        fitted.append(processor.fit_context(context.text if context else None, keep=keep))
+    return fitted
 
 
 def _said(context: UtteranceContext | None, text: str) -> list[str]:

@@ -69,6 +69,7 @@ class Trainer:
         model = stage.build(cfg, self.inputs)
         self.data = stage.batches(cfg, "train")
         self.valid = validation_sets(stage, cfg)
+        self._require_validation_set_of_best()
         self.summary = self.data.plan.summary(0)
         self.total_steps = self._total_steps()
         self.engine = Engine(stage, model, self.train, world=world, seed=cfg.seed)
@@ -201,7 +202,17 @@ class Trainer:
         }
 
     def evaluate(self) -> None:
-        """Evaluate every validation set on the model as it is, each rank on its share of the batches."""
+        """Evaluate every validation set on the model as it is, and note whether it is the best so far."""
+        values = self.measure()
+        if name := self.train.keep_best:
+            if name not in values:
+                raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
+            best = self.state.best if self.state.best.get("metric") == name else None
+            if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
+                self.state.best = {"metric": name, "value": values[name], "step": self.state.step}
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics of every validation set, of which each rank takes its share of the batches."""
         values = {}
         for name, data in self.valid.items():
             with self.engine.evaluating() as model:
@@ -214,12 +225,7 @@ class Trainer:
             self.evaluated_step = self.state.step
             self.log.metrics(self.state.step, values)
             self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        if name := self.train.keep_best:
-            if name not in values:
-                raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
-            best = self.state.best if self.state.best.get("metric") == name else None
-            if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
-                self.state.best = {"metric": name, "value": values[name], "step": self.state.step}
+        return values
 
     def at_best(self) -> bool:
         """Whether the weights as they are have been evaluated, as the best so far."""
@@ -232,7 +238,14 @@ class Trainer:
             return
         self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
         self.engine.load(str(self.checkpoints / checkpoint_name(best["step"])), SHARDS)
-        self.evaluate()
+        self.measure()  # which step was the best stays said: sums in another order may give another last digit
+
+    def _require_validation_set_of_best(self) -> None:
+        """Refuse a keep_best of no validation set before anything is trained; which metrics one has shows later."""
+        name = self.train.keep_best
+        if name and not any(name.startswith(f"valid/{valid}/") for valid in self.valid):
+            known = ", ".join(f"valid/{valid}/..." for valid in self.valid) or "nothing: data.valid is empty"
+            raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {known}")
 
     def _evaluators(self) -> World:
         """The ranks that share a validation set: all of them, but under ZeRO-3 each one takes the whole of it.

@@ -43,9 +43,11 @@ CONFIGS = {
 }
 
 
-def make_llm(family: str, *, seed: int = 0) -> nn.Module:
+def make_llm(family: str, *, seed: int = 0, layers: int = 2) -> nn.Module:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    config.num_hidden_layers = layers
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def make_recogniser(*, layers: int = 2) -> AudioLLM:

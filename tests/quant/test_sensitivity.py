@@ -1,11 +1,14 @@
 """Dealing out bits: within the budget, as good as brute force on small cases, and errors that are those of modules."""
 
 import itertools
+import json
+import time
 
 import numpy as np
 import pytest
 import torch
 from streamed_models import GridSolver, make_llm, reader, token_batches
+from thread_ranks import on_ranks
 
 from seedling.quant.blocks import parts_of, quantisable
 from seedling.quant.linear import PackedLinear
@@ -65,6 +68,46 @@ def test_among_modules_of_all_sizes_the_budget_is_kept_and_no_step_that_fits_is_
         assert set(chosen.values()) == {8}
 
 
+def padded(columns, *, rows=128, group_size=64):
+    """Modules whose stored bits are those of real packed layers, padding included."""
+    draws, modules = np.random.default_rng(1), []
+    for i, K in enumerate(columns):
+        weight_NK = torch.randn(rows, K, generator=torch.Generator().manual_seed(i))
+        stored = {
+            bits: PackedLinear.from_solution(
+                GridSolver()(weight_NK, None, bits=bits, group_size=group_size), bias=None
+            ).bits_per_weight
+            for bits in BITS
+        }
+        start = float(10.0 ** draws.uniform(-3, 0))
+        modules.append(Sensitivity(f"m{i}", rows * K, {bits: start * 4.0 ** (2 - bits) for bits in BITS}, stored))
+    return modules
+
+
+@pytest.mark.parametrize("budget", [4.5, 5.0, 6.0, 8.5])
+def test_where_padding_makes_more_bits_cheaper_the_cheaper_ones_are_taken(budget):
+    """A row of 128 columns in groups of 64 is padded to twice its size at 2 and 3 bits, to none at 4 and 8."""
+    modules = padded([128, 128, 256, 128])
+    assert modules[0].bits_per_weight == {2: 4.5, 3: 6.5, 4: 4.5, 8: 8.5}
+    chosen = choose_bits(modules, budget=budget, candidates=BITS)
+    assert cost(modules, chosen) <= budget + 1e-9
+    assert all(chosen[one.name] in (4, 8) for one in modules if one.bits_per_weight[2] == 4.5)
+    for one in modules:  # no other number of bits of one module would fit and lose less
+        for bits in BITS:
+            if one.errors[bits] < one.errors[chosen[one.name]]:
+                assert cost(modules, {**chosen, one.name: bits}) > budget
+
+
+def test_the_start_is_the_cheapest_number_of_bits_and_a_step_may_go_to_fewer_bits():
+    """Of 2 and 3 bits the first is cheaper, of 3 and 4 the second; a measured error may rise with the bits."""
+    modules = padded([128])
+    assert choose_bits(modules, budget=4.5, candidates=(2, 3)) == {"m0": 2}
+    assert choose_bits(modules, budget=4.5, candidates=(3, 4)) == {"m0": 4}
+    odd = [Sensitivity("m0", 100, {2: 0.1, 4: 0.2}, {2: 5.0, 4: 4.5})]
+    assert choose_bits(odd, budget=4.5, candidates=(2, 4)) == {"m0": 4}
+    assert choose_bits(odd, budget=5.0, candidates=(2, 4)) == {"m0": 2}
+
+
 def test_what_is_fixed_stays_and_counts():
     modules = measured(alike=True)
     chosen = choose_bits(modules, budget=4.5, candidates=(2, 3, 4), fixed={"m1": 8})
@@ -105,3 +148,37 @@ def test_errors_are_those_of_each_module_alone_on_full_precision_inputs(tmp_path
             assert one.errors[bits] == pytest.approx(lost.item(), rel=1e-3), one.name
             assert one.bits_per_weight[bits] == pytest.approx(packed.bits_per_weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_ranks_that_differ_in_speed_take_the_same_way_where_a_block_is_left_alone(tmp_path):
+    """Rank 0 keeps the block in the middle, in which there is nothing to measure, before rank 1 looks for it."""
+    batches, models, shelf = token_batches(2), [make_llm("llama", layers=3) for _ in range(2)], {}
+    targets = {f"model.layers.{layer}.mlp.down_proj": Target(4, 16) for layer in (0, 2)}
+
+    class Shelf:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def save(self, name, tensors, **facts):
+            shelf[name] = (tensors, json.loads(json.dumps(facts)))
+
+        def load(self, name):
+            time.sleep(0.5 * self.rank)
+            return shelf.get(name)
+
+    def run(ranks):
+        model = models[ranks.rank]
+        report = SensitivityReport(
+            model,
+            candidates=[2, 4],
+            solve=GridSolver(),
+            scale_dtype=torch.bfloat16,
+            folder=tmp_path / "activations",
+            kept=Shelf(ranks.rank),
+            ranks=ranks,
+        )
+        return report.run(parts_of(model), reader(batches, rank=ranks.rank, size=2), targets=targets)
+
+    one, two = on_ranks(2, run)
+    assert one == two and [module.name for module in one] == list(targets)
+    assert len(shelf) == 3

@@ -149,6 +149,30 @@ def test_the_loss_is_the_sum_of_its_parts(trainer):
     assert parts["encoder_error"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.parametrize(("kl_weight", "encoder_weight"), [(0.5, 0.0), (0.0, 2.0), (0.5, 2.0)])
+def test_a_distance_without_weight_is_measured_and_sends_no_gradient(trainer, kl_weight, encoder_weight):
+    trained = trainer(f"kl_weight={kl_weight}", f"encoder_weight={encoder_weight}")
+    stage, batch = trained.stage, batches(trained)[0]
+    prompts = stage.prompts(batch)
+    out = stage.hear(trained.engine.model, batch, prompts, return_logits=True)
+    sums = stage._distances(stage._taught(batch, prompts), out)
+    assert {name: one.requires_grad for name, one in sums.items()} == {
+        "kl": kl_weight > 0,
+        "encoder_error": encoder_weight > 0,
+    }
+    assert all(float(one) > 0 for one in sums.values())
+
+
+def test_frames_of_another_encoder_have_no_error_at_all(trainer):
+    trained = trainer()
+    stage, batch = trained.stage, batches(trained)[0]
+    taught = stage._taught(batch, stage.prompts(batch))
+    narrow = taught.speech._replace(encoder_BTD=taught.speech.encoder_BTD[..., :-1])
+    stage._taught = lambda *_: taught._replace(speech=narrow)
+    metrics = stage.loss(trained.engine.model, batch).metrics
+    assert "kl" in metrics and "encoder_error" not in metrics
+
+
 def test_the_teacher_stays_out_of_the_model_its_checkpoints_and_its_gradients(trainer, tmp_path, sft_run):
     trained = trainer()
     teacher = trained.stage.teacher
@@ -262,6 +286,10 @@ def test_check_builds_and_reads_everything_and_trains_nothing(given, tmp_path, c
         (["train.precision=bf16"], "train.precision is bf16, in which a scale moves by 0.4 % or not at all"),
         (["temperature=0"], "temperature is 0"),
         (["kl_weight=-1"], "kl_weight is -1"),
+        (
+            ["kl_weight=0", "encoder_weight=1", "temperature=2"],
+            "temperature is 2.0 and kl_weight 0, so it has no effect",
+        ),
         (["also_train=[decoder.*]"], "also_train has 'decoder.*', which no parameter is called; parts are encoder.*"),
         (["also_train=[converter.*]"], "set train.lr.converter"),
     ],

@@ -1,6 +1,8 @@
 """quantize: an artifact that loads and transcribes, true reports, the same on any ranks, and plain mistakes."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +10,18 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
+from seedling.data.contexts.draw import ContextConfig
+from seedling.data.contexts.sidecar import UtteranceContext
+from seedling.data.index import Corpus
 from seedling.launch.cli import main
 from seedling.model.audio_llm import AudioLLM, acllm_facts
 from seedling.quant.linear import PackedLinear
 from seedling.quant.packed_model import codes_hash, packed_modules
+from seedling.quant.sensitivity import Sensitivity
+from seedling.quant.targets import Target
+from seedling.stages.quantize import Quantize, QuantizeConfig, within_budget
 from seedling.stages.runtime.artifacts import lineage, load_artifact
+from seedling.stages.runtime.world import init_world
 
 QUANTIZE = {"bits": 4, "group_size": 16, "seconds": 20, "batch_seconds": 6, "refine": {"epochs": 1}}
 
@@ -106,7 +115,9 @@ def test_rules_decide_module_by_module(quantize):
 
 
 def test_a_budget_deals_out_bits_by_sensitivity(quantize):
-    folder = quantize("budget=5.0", "candidates=[2,4,8]", "rules=[{pattern: '*.down_proj', bits: 3}]", "refine=null")
+    folder = quantize(
+        "bits=2", "budget=5.0", "candidates=[2,4,8]", "rules=[{pattern: '*.down_proj', bits: 3}]", "refine=null"
+    )
     artifact, model = load_artifact(folder), AudioLLM.from_pretrained(folder)
     assert 4.0 < artifact.metrics["bits_per_weight"] <= 5.0
     bits = {name: one.bits for name, one in packed_modules(model).items()}
@@ -136,6 +147,7 @@ def test_two_processes_pack_the_weights_of_one(quantised, given, tmp_path):
 def test_a_finished_run_is_taken_over_and_other_settings_are_refused(given, tmp_path, capsys):
     run_dir = tiny_runs.train("quantize", tmp_path / "run", QUANTIZE, *given, "refine=null")
     first = (run_dir / "artifact/model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "artifact")  # only what is kept of its blocks is left
     kept = {file: file.stat().st_mtime_ns for file in (run_dir / "checkpoints").glob("*layers*")}
     tiny_runs.train("quantize", tmp_path / "run", QUANTIZE, *given, "refine=null")
     assert (run_dir / "artifact/model.safetensors").read_bytes() == first
@@ -155,12 +167,20 @@ def test_a_finished_run_is_taken_over_and_other_settings_are_refused(given, tmp_
         (["bits=5"], "bits is 5"),
         (["group_size=24"], "group_size is 24"),
         (["method=magic"], "method is 'magic'"),
-        (["budget=1.0"], "budget is 1 bits per weight, and the fewest bits cost"),
+        (["budget=1.0", "bits=2"], "budget is 1 bits per weight, and the fewest bits cost"),
         (["seconds=0"], "seconds is 0"),
         (["data.train=[]"], "data.train is empty"),
         (["data.augment.speed_probability=0.5"], "calibration is on audio as it will come"),
         (["data.valid.dev=somewhere"], "data.valid takes no effect"),
         (["scale_dtype=float32"], "scale_dtype"),
+        (["batch_seconds=0"], "batch_seconds is 0"),
+        (["max_bad_fraction=1.5"], "max_bad_fraction is 1.5"),
+        (["calibration.arithmetic=bfloat16"], "calibration.arithmetic is 'bfloat16'; choose one of float64, float32"),
+        (["budget=3.0"], "bits is 4 and budget 3, which deals out candidates instead"),
+        (["candidates=[2,4]"], "candidates is [2, 4] and has no effect without a budget"),
+        (["budget_method=rtn"], "budget_method is rtn and has no effect without a budget"),
+        (["refine=null", "calibration.full_share=0.5"], "calibration.full_share is 0.5 and says what refinement aims"),
+        (["contexts=[somewhere]"], "this recogniser has not been trained with any"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(given, tmp_path, capsys, change, said):
@@ -175,3 +195,82 @@ def test_what_is_quantised_is_not_quantised_again(quantised, given, tmp_path, ca
     arguments = [f"run_dir={tmp_path}/run", given[1], f"inputs.acllm={quantised}"]
     assert main(["run", "quantize", *arguments]) == 2
     assert "is quantised already" in capsys.readouterr().err
+
+
+def broken_copy(shards, folder, utterances: int):
+    """A corpus whose first utterances, so many of them, cannot be decoded."""
+    copy = shutil.copytree(shards, folder)
+    corpus = Corpus.open(str(copy))
+    every = [(shard, at) for shard in range(len(corpus.shards)) for at in corpus.index(shard)]
+    for shard, at in every[:utterances]:
+        with corpus.shards[shard].open("r+b") as handle:
+            handle.seek(int(at["audio_offset"]))
+            handle.write(bytes(int(at["audio_size"])))
+    return copy
+
+
+def test_audio_that_cannot_be_read_is_an_error_before_any_block_is_kept(given, shards, tmp_path, capsys, caplog):
+    config = tiny_runs.write_yaml(tmp_path / "quantize.yaml", QUANTIZE)
+    start = ["run", "quantize", "--config", str(config), given[0], "refine=null", "seconds=1000"]
+    for count, more, said in (
+        (48, [], "no calibration audio could be read: all of 48 utterances"),
+        (48, ["max_bad_fraction=1"], "no calibration audio could be read: all of 48 utterances"),
+        (2, [], "2 of 48 utterances for calibration were unusable, more than max_bad_fraction=0.01"),
+    ):
+        broken = broken_copy(shards, tmp_path / f"broken{len(caplog.records)}", count)
+        run_dir = tmp_path / f"run{len(caplog.records)}"
+        assert main([*start, f"run_dir={run_dir}", f"data.train=[{broken}]", *more]) == 2
+        assert said in capsys.readouterr().err
+        assert not list((run_dir / "checkpoints").glob("*layers*"))
+    assert main([*start, f"run_dir={run_dir}", f"data.train=[{broken}]", "max_bad_fraction=0.1"]) == 0
+
+
+def test_what_no_batch_calls_is_left_out_of_the_budget_with_a_warning(caplog):
+    targets = {name: Target(2, 64) for name in ("a.called", "a.never")}
+    measured = [Sensitivity("a.called", 100, {2: 0.5, 4: 0.1}, {2: 2.5, 4: 4.5})]
+    cfg = QuantizeConfig(stage="quantize", run_dir="run", inputs={}, budget=4.5, candidates=[2, 4])
+    assert within_budget(cfg, targets, measured) == {"a.called": Target(4, 64)}
+    assert "a.never: no calibration batch calls it; it stays in full precision" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_contexts_are_cut_to_what_the_recogniser_takes_and_keep_what_is_said(sft_run, shards, tmp_path, keep):
+    """The last of five phrases is said by every utterance; a prompt has room for one or two."""
+    model = AudioLLM.from_pretrained(sft_run / "artifact")
+    model.set_prompts(replace(model.processor.prompts, context_tokens=16))
+    model.config.reads_contexts = True
+
+    def contexts_of(text):
+        phrases = ("wrong one", "wrong two", "wrong three", "wrong four", text.split()[-1])
+        return [UtteranceContext("relevant", ", ".join(phrases), phrases)]
+
+    sidecar = tiny_runs.make_contexts(tmp_path / "contexts", shards, contexts_of)
+    cfg = QuantizeConfig(
+        stage="quantize", run_dir="run", inputs={}, seconds=5, batch_seconds=6, contexts=[str(sidecar)]
+    )
+    cfg.data.train, cfg.context = [str(shards)], ContextConfig(share=1.0, keep_relevant=keep)
+    stage = Quantize()
+    stage.cfg, stage.world = cfg, init_world()
+    data = stage._data(model)
+    batch = data.dataset[data.first_seconds(5)[0]]
+    prompts = stage._prompts(model, batch)
+    assert len(prompts.contexts_ids) == len(batch) > 1
+    for ids, text in zip(prompts.contexts_ids, batch.texts):
+        assert 0 < len(ids) <= 16
+        assert (text.split()[-1] in model.processor.decode(ids)) == keep
+
+
+def test_a_context_length_that_is_not_the_recognisers_is_refused(sft_run, shards):
+    model = AudioLLM.from_pretrained(sft_run / "artifact")
+    model.config.reads_contexts = True
+    takes = model.processor.prompts.context_tokens
+    cfg = QuantizeConfig(
+        stage="quantize", run_dir="run", inputs={}, contexts=["somewhere"], context=ContextConfig(max_tokens=takes + 7)
+    )
+    cfg.data.train = [str(shards)]
+    stage = Quantize()
+    stage.cfg, stage.world = cfg, init_world()
+    with pytest.raises(
+        ValueError, match=f"context.max_tokens is {takes + 7}, and this recogniser takes {takes} tokens"
+    ):
+        stage._data(model)

@@ -127,6 +127,20 @@ def test_the_best_of_what_nobody_measures_is_one_line(tmp_path):
         TrainConfig(max_steps=4, keep_best="valid/dev/loss")
 
 
+def test_the_best_of_no_validation_set_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_best is 'valid/test/loss'; what is evaluated is valid/dev/\.\.\."):
+        train(tmp_path, Judged(), train={**KEEP_BEST, "max_steps": 4, "keep_best": "valid/test/loss"})
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_best_step_stays_the_best_when_it_is_evaluated_again(tmp_path):
+    """The last digit may differ; the weights are those of step 2 whatever it is."""
+    keep = {**KEEP_BEST, "keep_best": "valid/dev/loss", "max_steps": 4}
+    train(tmp_path, Judged(1.0, 2.0, 0.999), train=keep)
+    artifact = load_artifact(tmp_path / "artifact")
+    assert artifact.facts["steps"] == 2 and artifact.metrics == {"valid/dev/loss": 0.999}
+
+
 def test_autocast_trains_weights_in_float32_and_not_as_float32_does(tmp_path):
     for precision in ("autocast", "fp32"):
         train(tmp_path / precision, dropout=0.0, train={"max_steps": 4, "precision": precision})
