@@ -53,7 +53,7 @@ def test_errors_of_a_block_are_those_of_its_refinement_whatever_the_size_of_its_
     assert 0.005 < refined.before < 0.02
     report = BlockReport("block", [module_report("block.proj", error=0.25)], asdict(refined))
     write_reports(tmp_path, [report], storage=model_storage(packed_model()))
-    assert row(tmp_path, "block") == ["block", f"{refined.before:.5f}", f"{refined.after:.5f}", str(refined.best_epoch)]
+    assert row(tmp_path, "block") == ["block", f"{refined.before:.5f}", f"{refined.after:.5f}", str(refined.kept)]
     said = json.loads((tmp_path / "quantization.json").read_text())["blocks"][0]["refinement"]
     assert said == json.loads(json.dumps(asdict(refined)))
 
