@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -73,7 +76,7 @@ class DecoupleQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         place_packed(model, self.quantization_config)
         if checkpoint_files:  # none where a state dict is given
-            check_files(checkpoint_files, self.quantization_config)
+            check_files(model, checkpoint_files, self.quantization_config)
 
     def get_new_dtype(self, converter, param, dtype):
         """Keep scales as they are in the file: a part kept in float32 would have them in float32."""
@@ -110,18 +113,21 @@ def place_packed(model: torch.nn.Module, config: DecoupleQConfig) -> None:
         replace_module(model, name, kind.packed.place_for(before, inner, name=name))
 
 
-def check_files(files: Sequence[str | Path], config: DecoupleQConfig) -> None:
+def check_files(model: PreTrainedModel, files: Sequence[str | Path], config: DecoupleQConfig) -> None:
     """Raise ValueError where files lack a packed tensor that the config names, or hold one that it does not name.
 
-    Loading would leave the former undefined, and draw the weight that the latter stands for anew.
+    Loading would leave the former undefined, and draw the weight that the latter stands for anew. A model may have
+    other names in files than in memory, as Mixtral has, whose mlp is block_sparse_moe there; `model` knows them.
     """
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     named = {f"{name}.{tensor}" for name in config.matrices for tensor in PACKED_TENSORS}
     there: set[str] = set()
     for file in files:
         if Path(file).suffix != ".safetensors":
             raise ValueError(f"{file} is to hold packed weights, which are read from .safetensors files only")
         with safe_open(file, framework="pt") as opened:
-            there.update(opened.keys())
+            for name in opened.keys():  # noqa: SIM118
+                there.add(name if name in named else apply_renamings(name, renamings))
     packed, folder = {name for name in there if name.rpartition(".")[2] in PACKED_TENSORS}, Path(files[0]).parent
     if missing := named - packed:
         way_out = "the files are not complete: copy or make them again"

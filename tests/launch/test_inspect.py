@@ -80,5 +80,5 @@ def test_an_empty_quantization_config_is_none(described, tmp_path):
 @pytest.mark.parametrize("described", ["decoupleq", {"matrices": [1]}])
 def test_a_quantization_config_of_another_kind_is_one_error(described, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": described}))
-    with pytest.raises(ValueError, match="config.json: quantization_config is .*; restore the config.json"):
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config is .*; restore the config\.json"):
         packed_forms(tmp_path)
