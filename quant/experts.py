@@ -61,12 +61,12 @@ def quantise_experts(
         for problem in problems:
             solutions.append(solve(problem))
             if problem.calibrated_on != OWN_TOKENS:
-                starved.append(f"{problem.expert} ({problem.tokens} tokens)")
+                starved.append(f"{problem.expert} ({problem.tokens} tokens, calibrated on {problem.calibrated_on})")
                 fallbacks[problem.name] = problem.calibrated_on
         if starved:
             log.warning(
-                "%s.%s: too few tokens for %d of %d experts, calibrated on %s: %s; more calibration data cures that",
-                *(name, projection, len(starved), layout.experts, problem.calibrated_on, ", ".join(starved)),
+                "%s.%s: too few tokens for %d of %d experts: %s; more calibration data cures that",
+                *(name, projection, len(starved), layout.experts, ", ".join(starved)),
             )
         packed[projection] = PackedMatrices.from_solutions(
             solutions, bias=layout.bias_EN(module, projection), scale_dtype=scale_dtype

@@ -2,8 +2,8 @@
 
 `declare_packed(model)` writes into the model's config which matrices are packed and how; save_pretrained then needs
 nothing else. from_pretrained finds the method "decoupleq" among transformers' quantizers, puts a packed module in the
-place of each that the config names, and loads their tensors as they are: codes and scales keep their types whatever
-`dtype` is asked for, which everything else follows.
+place of each that the config names, refuses files that hold fewer packed tensors or more, and loads them as they are:
+codes and scales keep their types whatever `dtype` is asked for, which everything else follows.
 
     "quantization_config": {
       "quant_method": "decoupleq", "version": 1,
@@ -14,17 +14,24 @@ A matrix of shape [E, N, K] is one projection of a module of experts, which its 
 order of planes follow from bits and group size; quant/packing.py states them, and `version` counts its changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packed_model import KINDS, forms, packed_modules, replace_module, tuned_modules
+from .storage import PACKED_TENSORS
 
 METHOD = "decoupleq"
 VERSION = 1
+FORM = '{"bits": 2, "group_size": 64, "scale_dtype": "bfloat16", "shape": [N, K]}'
 
 
 class DecoupleQConfig(QuantizationConfigMixin):
@@ -43,14 +50,19 @@ class DecoupleQConfig(QuantizationConfigMixin):
             )
         self.quant_method = METHOD
         self.version = version
+        if not isinstance(matrices or {}, Mapping):
+            raise ValueError(f"quantization_config.matrices is {matrices!r}; it must map names to forms")
         self.matrices = dict(matrices or {})
+        for name, form in self.matrices.items():
+            if not isinstance(form, Mapping):
+                raise ValueError(f"quantization_config.matrices.{name} is {form!r}; it must be a form, such as {FORM}")
 
     def modules(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the forms of the matrices of each module, by their names below it."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for name, form in self.matrices.items():
             module, inner = name, ""
-            if len(form.get("shape", ())) == 3:
+            if _of_experts(form):
                 module, _, inner = name.rpartition(".")
             found.setdefault(module, {})[inner] = form
         return found
@@ -61,8 +73,10 @@ class DecoupleQQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained cannot pack a model: stage quantize does
 
-    def _process_model_before_weight_loading(self, model, **_):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         place_packed(model, self.quantization_config)
+        if checkpoint_files:  # none where a state dict is given
+            check_files(model, checkpoint_files, self.quantization_config)
 
     def get_new_dtype(self, converter, param, dtype):
         """Keep scales as they are in the file: a part kept in float32 would have them in float32."""
@@ -88,10 +102,7 @@ class DecoupleQQuantizer(HfQuantizer):
 def place_packed(model: torch.nn.Module, config: DecoupleQConfig) -> None:
     """Put packed modules of undefined values where the config names them, on the device of those they replace."""
     for name, inner in config.modules().items():
-        experts = any(len(form.get("shape", ())) == 3 for form in inner.values())
-        kind = KINDS.get("experts" if experts else "linear")
-        if kind is None:
-            raise ValueError(f"{name} holds packed experts, which this version of seedling cannot read; update it")
+        kind = KINDS["experts" if any(map(_of_experts, inner.values())) else "linear"]
         try:
             before = model.get_submodule(name)
         except AttributeError:
@@ -100,6 +111,41 @@ def place_packed(model: torch.nn.Module, config: DecoupleQConfig) -> None:
                 "belong to this model"
             ) from None
         replace_module(model, name, kind.packed.place_for(before, inner, name=name))
+
+
+def check_files(model: PreTrainedModel, files: Sequence[str | Path], config: DecoupleQConfig) -> None:
+    """Raise ValueError where files lack a packed tensor that the config names, or hold one that it does not name.
+
+    Loading would leave the former undefined, and draw the weight that the latter stands for anew. A model may have
+    other names in files than in memory, as Mixtral has, whose mlp is block_sparse_moe there; `model` knows them.
+    """
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    named = {f"{name}.{tensor}" for name in config.matrices for tensor in PACKED_TENSORS}
+    there: set[str] = set()
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            raise ValueError(f"{file} is to hold packed weights, which are read from .safetensors files only")
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                there.add(name if name in named else apply_renamings(name, renamings))
+    packed, folder = {name for name in there if name.rpartition(".")[2] in PACKED_TENSORS}, Path(files[0]).parent
+    if missing := named - packed:
+        way_out = "the files are not complete: copy or make them again"
+        if any(name.endswith(".initial_scale_zero") for name in there):
+            way_out = "it was saved while its scales were trained: fold the model (packed_model.fold) and save it again"
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors that quantization_config needs, first {min(missing)}; {way_out}"
+        )
+    if unnamed := packed - named:
+        raise ValueError(
+            f"{folder} holds {len(unnamed)} packed tensors that quantization_config does not name, first "
+            f"{min(unnamed)}; restore the config.json that was saved with them"
+        )
+
+
+def _of_experts(form: Mapping[str, Any]) -> bool:
+    shape = form.get("shape")
+    return isinstance(shape, (list, tuple)) and len(shape) == 3
 
 
 def freeze_packed(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ Shape letters: N output channels, K input channels, G groups per row, k the colu
 """
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from ..model.float32_buffers import Float32Buffers
 from .packing import pack_codes, packed_rows, span, unpack_codes, unpack_columns
-from .solution import LayerSolution, group_count
+from .solution import LayerSolution, group_columns, group_count
+from .stored_grid import SCALE_DTYPES, check_scale_dtype, on_stored_grid
 
-SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TILE_ELEMENTS = 1 << 22  # of a weight that are dequantised at a time: 16 MB in float32
 
 
@@ -44,37 +45,8 @@ class Layout(NamedTuple):
 
     def groups(self, first: int, last: int) -> slice:
         """Return the groups of a tile."""
-        g = self.K if self.group_size == -1 else self.group_size
+        g = group_columns(self.K, self.group_size)
         return slice(first // g, -(-last // g))
-
-
-def check_scale_dtype(scale_dtype: torch.dtype) -> None:
-    """Raise ValueError for a type that scales and zeros are not stored in."""
-    if scale_dtype not in SCALE_DTYPES.values():
-        raise ValueError(f"scale_dtype is {scale_dtype}; scales and zeros are stored in bfloat16 or float16")
-
-
-def stored_scale_zero(scale_NG: Tensor, zero_NG: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Return scale_zero [G, N, 2] in 16 bits.
-
-    ValueError where a value overflows, or underflows so far that weights move by more than bfloat16 would move them.
-    """
-    check_scale_dtype(scale_dtype)
-    exact_GN2 = torch.stack([scale_NG.T, zero_NG.T], dim=-1)
-    stored_GN2 = exact_GN2.to(scale_dtype)
-    lost_GN2 = ~stored_GN2.isfinite()
-    if scale_dtype != torch.bfloat16:
-        # A zero of 1e-9 beside a scale of 1e-2 may well become 0, and so may a scale beside such a zero.
-        lost_GN2 |= (stored_GN2.float() - exact_GN2).abs() > 2**-8 * exact_GN2.abs().amax(-1, keepdim=True)
-    if bool(lost_GN2.any()):
-        scale, zero = exact_GN2[lost_GN2.any(-1)][0].tolist()
-        way_out = "the layer's weights or their calibration have gone wrong"
-        if scale_dtype != torch.bfloat16 and math.isfinite(scale) and math.isfinite(zero):
-            way_out = "use scale_dtype bfloat16, which has float32's range"
-        raise ValueError(
-            f"a group has scale {scale:.4g} and zero {zero:.4g}, which {scale_dtype} cannot hold: {way_out}"
-        )
-    return stored_GN2 + 0.0  # no minus zero: what is added to it when nothing has been trained would change its bits
 
 
 def codes_of(packed: Tensor, layout: Layout, first: int, last: int) -> Tensor:
@@ -123,12 +95,15 @@ def form_of(layout: Layout, *, scale_zero: Tensor) -> dict[str, Any]:
 def layout_of(form: Mapping[str, Any], *, name: str) -> Layout:
     """Return the layout of one matrix of this form; ValueError, naming the module, where it has no packed form."""
     try:
-        layout = Layout(*form["shape"][-2:], form["bits"], form["group_size"])
+        layout = Layout(*map(operator.index, (*form["shape"][-2:], form["bits"], form["group_size"])))
         packed_rows(layout.K, bits=layout.bits, group_size=layout.group_size)
         SCALE_DTYPES[form["scale_dtype"]]
     except KeyError as error:
+        raise ValueError(f"{name}: its form in quantization_config lacks or does not know {error}: {form}") from None
+    except TypeError:
         raise ValueError(
-            f"{name}: its form in quantization_config lacks or does not know {error}: {dict(form)}"
+            f"{name}: its form in quantization_config is {form}; bits and group_size must be integers, shape [N, K] or "
+            "[E, N, K], scale_dtype a word: restore config.json"
         ) from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -157,10 +132,13 @@ class PackedLinear(Float32Buffers):
     def from_solution(
         cls, solution: LayerSolution, *, bias: Tensor | None, scale_dtype: torch.dtype = torch.bfloat16
     ) -> "PackedLinear":
-        """Pack a solution; scales and zeros are rounded to `scale_dtype`. ValueError where that cannot hold one."""
+        """Pack a solution as near to it as scales and zeros of `scale_dtype` come.
+
+        ValueError where `scale_dtype` cannot hold a scale or a zero.
+        """
         bits, group_size = solution.bits, solution.group_size
-        scale_zero = stored_scale_zero(solution.scale_NG, solution.zero_NG, scale_dtype)
-        codes = pack_codes(solution.codes_NK, bits=bits, group_size=group_size)
+        codes_NK, scale_zero = on_stored_grid(solution, scale_dtype)
+        codes = pack_codes(codes_NK, bits=bits, group_size=group_size)
         return cls(Layout(*solution.codes_NK.shape, bits, group_size), codes=codes, scale_zero=scale_zero, bias=bias)
 
     @classmethod

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..model.float32_buffers import Float32Buffers
 from .expert_layout import DOWN, GATE_UP, PROJECTIONS, activation_of, expert_layout
 from .expert_routing import Routing, route
-from .linear import SCALE_DTYPES, Layout, PackedLinear, as_computed, check_scale_dtype, dequantise, form_of, layout_of
+from .linear import Layout, PackedLinear, as_computed, dequantise, form_of, layout_of
 from .packing import packed_rows
 from .solution import LayerSolution
+from .stored_grid import SCALE_DTYPES, check_scale_dtype
 
 
 class PackedMatrices(Float32Buffers):
@@ -119,7 +120,7 @@ class PackedMatrices(Float32Buffers):
 
 
 class PackedExperts(nn.Module):
-    """Stands for a fused experts module. `from_solutions` makes one; `empty` the place that a file is loaded into."""
+    """Stands for a fused experts module. `from_solutions` makes one; `place_for` makes room for what a file holds."""
 
     def __init__(self, gate_up: PackedMatrices, down: PackedMatrices, *, activate: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -156,30 +157,6 @@ class PackedExperts(nn.Module):
     def in_place_of(cls, module: nn.Module, matrices: Mapping[str, PackedMatrices]) -> "PackedExperts":
         """Join the matrices of "gate_up" and "down" by what `module` does between them."""
         return cls(matrices[GATE_UP], matrices[DOWN], activate=activation_of(module))
-
-    @classmethod
-    def empty(
-        cls,
-        module: nn.Module,
-        *,
-        bits: Mapping[str, int],
-        group_size: Mapping[str, int],
-        scale_dtype: torch.dtype = torch.bfloat16,
-        name: str = "experts",
-        device=None,
-    ) -> "PackedExperts":
-        """Return the place of a packed `module`; bits and group sizes are given for "gate_up" and for "down"."""
-        layout, made = expert_layout(module, name=name), {}
-        for projection in PROJECTIONS:
-            form = Layout(*layout.shapes[projection], bits[projection], group_size[projection])
-            made[projection] = PackedMatrices.empty(
-                form,
-                experts=layout.experts,
-                scale_dtype=scale_dtype,
-                bias=layout.bias_EN(module, projection),
-                device=device,
-            )
-        return cls.in_place_of(module, made)
 
     def matrices(self) -> dict[str, dict[str, Any]]:
         """Return what config.json says about both projections; see packed_model.PackedModule."""

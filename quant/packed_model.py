@@ -71,11 +71,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def tune(model: nn.Module) -> None:
-    """Make every packed module below `model` trainable, in place."""
+    """Make every packed module below `model` trainable, in place. Until it is folded, `save_pretrained` is refused."""
     for kind in KINDS.values():
         for name, module in packed_modules(model).items():
             if isinstance(module, kind.packed):
                 replace_module(model, name, kind.tuned.of(module))  # type: ignore[attr-defined]
+    for part in model.modules():
+        if hasattr(part, "save_pretrained") and tuned_modules(part):
+            part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
 
 
 def fold(model: nn.Module) -> None:
@@ -85,6 +88,13 @@ def fold(model: nn.Module) -> None:
             replace_module(model, name, module.packed())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    for part in model.modules():
+        part.__dict__.pop("save_pretrained", None)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """Take the place of `save_pretrained`: no folder holds trainable forms."""
+    raise ValueError("scales of this model are being trained, which no folder holds; fold the model before saving it")
 
 
 def codes_hash(model: nn.Module) -> str:

@@ -26,6 +26,11 @@ def group_count(K: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-K // group_size)
 
 
+def group_columns(K: int, group_size: int) -> int:
+    """Return the columns of a whole group of a row of K: the group size, and K where that is -1."""
+    return K if group_size == -1 else group_size
+
+
 def columns_of_groups(values_NG: Tensor, K: int, group_size: int) -> Tensor:
     """Return values_NK: each column has the value of its group. A view where there is one group."""
     N, G = values_NG.shape

@@ -27,7 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from ..model.float32_buffers import Float32Buffers
 from . import linear
-from .linear import Layout, PackedLinear, as_computed, codes_of, dequantise, scaled, stored_scale_zero
+from .linear import Layout, PackedLinear, as_computed, codes_of, dequantise, scaled
+from .solution import group_columns
+from .stored_grid import stored_scale_zero
 
 
 class PackedProduct(torch.autograd.Function):
@@ -81,9 +83,10 @@ def packed_product(
 
 def group_sums(values_KN: Tensor, group_size: int) -> Tensor:
     """Return sums_GN over runs of `group_size` rows; the last run may be short, and -1 is all of them."""
-    whole = 0 if group_size == -1 else len(values_KN) // group_size
-    end = whole * group_size if whole else 0
-    sums = values_KN[:end].unflatten(0, (whole, group_size)).sum(1) if whole else values_KN[:0]
+    g = group_columns(len(values_KN), group_size)
+    whole = len(values_KN) // g
+    end = whole * g
+    sums = values_KN[:end].unflatten(0, (whole, g)).sum(1)
     return torch.cat([sums, values_KN[end:].sum(0, keepdim=True)]) if end < len(values_KN) else sums
 
 
@@ -118,7 +121,7 @@ class TunedLinear(Float32Buffers):
         super().__init__()
         self.layout, self.bias_dtype = packed.layout, None if packed.bias is None else packed.bias.dtype
         self.register_buffer("codes", packed.codes)
-        # Not named scale_zero: a file with this form's tensors must not load as a packed layer that was never tuned.
+        # Not named scale_zero: quant/hf.py refuses a folder without one, and would load this as if it never was tuned.
         self.register_buffer("initial_scale_zero", packed.scale_zero)
         shape, device = (self.layout.N, self.layout.G), packed.codes.device
         self.scale_ratio_NG = nn.Parameter(torch.ones(shape, device=device))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..model.float32_buffers import Float32Buffers
 from .expert_routing import Routing
-from .linear import stored_scale_zero
 from .packed_experts import PackedExperts, PackedMatrices, mixed
+from .stored_grid import stored_scale_zero
 from .tuned import packed_product, tuned_scale_zero
 
 

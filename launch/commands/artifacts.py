@@ -231,12 +231,14 @@ def parameters_by_part(folder: Path) -> dict[str, int]:
 
     A packed matrix counts as many as it stands for.
     """
+    from ...quant.storage import PACKED_TENSORS
+
     counts: dict[str, int] = {}
     forms = packed_forms(folder)
     for name, header in _tensors(folder).items():
         matrix, _, tensor = name.rpartition(".")
         count = math.prod(header["shape"])
-        if matrix in forms and tensor in ("codes", "scale_zero"):
+        if matrix in forms and tensor in PACKED_TENSORS:
             count = math.prod(forms[matrix]["shape"]) if tensor == "codes" else 0
         part = name.partition(".")[0]
         counts[part] = counts.get(part, 0) + count
@@ -273,7 +275,11 @@ def packed_forms(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if not config.is_file():
         return {}
-    return json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}).get("matrices", {})
+    described = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+    forms = described.get("matrices") or {} if isinstance(described, dict) else described
+    if not isinstance(forms, dict):
+        raise ValueError(f"{config}: quantization_config is {described!r}; restore the config.json that was saved")
+    return forms
 
 
 def _tensors(folder: Path) -> dict[str, Any]:

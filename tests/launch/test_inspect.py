@@ -1,11 +1,13 @@
 """What `seedling inspect` says about packed weights."""
 
+import json
 from pathlib import Path
 
+import pytest
 from packed_layers import make_recogniser, pack_all
 
 from seedling.launch.cli import main
-from seedling.launch.commands.artifacts import parameters_by_part
+from seedling.launch.commands.artifacts import packed_forms, packed_lines, parameters_by_part
 from seedling.quant.hf import declare_packed
 from seedling.quant.packed_model import model_storage
 from seedling.stages.runtime.artifacts import ArtifactWriter
@@ -67,3 +69,16 @@ def test_a_config_that_names_what_the_files_lack_is_an_error(tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "packed")]) == 2
     assert "llm.lost is said to be packed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("described", [None, {}, {"matrices": None}])
+def test_an_empty_quantization_config_is_none(described, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": described}))
+    assert packed_forms(tmp_path) == {} and packed_lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("described", ["decoupleq", {"matrices": [1]}])
+def test_a_quantization_config_of_another_kind_is_one_error(described, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": described}))
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config is .*; restore the config\.json"):
+        packed_forms(tmp_path)

@@ -74,7 +74,11 @@ def test_a_starved_expert_is_logged_and_reported(caplog):
         make_experts("qwen3_moe"), [ExpertCall(*random_call(60, without=2)[:2])], solved, name=NAME
     )
     assert fallbacks == {f"{NAME}.gate_up.2": ALL_TOKENS, f"{NAME}.down.2": ALL_TOKENS}
-    assert "gate_up: too few tokens for 1 of 4 experts" in caplog.text and "2 (0 tokens)" in caplog.text
+    starved = "2 (0 tokens, calibrated on all tokens of the layer)"
+    for projection, logged in zip(("gate_up", "down"), caplog.messages, strict=True):
+        assert logged == (
+            f"{NAME}.{projection}: too few tokens for 1 of 4 experts: {starved}; more calibration data cures that"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

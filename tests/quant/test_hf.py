@@ -1,5 +1,6 @@
 """Packed models as folders: what is saved is what is loaded, bit for bit, by whatever loads it."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from seedling.model.audio_llm import AudioLLM
 from seedling.model.llm import LoraSettings, add_lora, load_llm
 from seedling.quant.hf import declare_packed
-from seedling.quant.packed_model import codes_hash, model_storage, packed_modules, replace_module, tune
+from seedling.quant.packed_model import codes_hash, fold, model_storage, packed_modules, replace_module, tune
+from seedling.quant.tuned import TunedLinear
 
 FAMILIES = ("qwen3", "llama", "mixtral", "qwen3_moe")
 IDS = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -149,6 +151,13 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
         (lambda q: q["matrices"][Q_PROJ].update(shape=[48, 48]), f"{Q_PROJ} is packed as a linear layer"),
         (lambda q: q["matrices"][Q_PROJ].update(bits=5), f"{Q_PROJ}: bits is 5"),
         (lambda q: q["matrices"][Q_PROJ].pop("scale_dtype"), f"{Q_PROJ}: .*scale_dtype"),
+        (lambda q: q["matrices"][Q_PROJ].update(group_size="64"), f"{Q_PROJ}: .*group_size must be integers"),
+        (lambda q: q["matrices"][Q_PROJ].update(bits=2.5), f"{Q_PROJ}: .*bits and group_size must be integers"),
+        (lambda q: q["matrices"][Q_PROJ].update(shape=[48]), rf"{Q_PROJ}: .*shape \[N, K\]"),
+        (lambda q: q["matrices"][Q_PROJ].update(shape=None), rf"{Q_PROJ}: .*shape \[N, K\]"),
+        (lambda q: q["matrices"][Q_PROJ].update(scale_dtype=["bfloat16"]), f"{Q_PROJ}: .*scale_dtype a word"),
+        (lambda q: q["matrices"].update({Q_PROJ: 2}), f"matrices.{Q_PROJ} is 2; it must be a form"),
+        (lambda q: q.update(matrices=[1]), r"quantization_config.matrices is \[1\]; it must map names to forms"),
         (lambda q: q["matrices"].update(nothing=q["matrices"][Q_PROJ]), "names nothing, which Qwen3ForCausalLM"),
         (lambda q: q["matrices"].update(lm_head=q["matrices"].pop(Q_PROJ)), "lm_head is packed as a linear layer"),
     ],
@@ -170,6 +179,47 @@ def test_a_folder_that_lacks_a_scale_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"converter\.proj\.scale_zero"):
         AudioLLM.from_pretrained(tmp_path)
+
+
+def test_an_llm_whose_folder_lacks_a_scale_is_refused(tmp_path):
+    model, _ = packed_llm("mixtral")
+    state = model.state_dict()
+    del state[f"{Q_PROJ}.scale_zero"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} lacks 1 tensors .* first {Q_PROJ}\.scale_zero; .*not complete"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_matrix_that_the_config_does_not_name_is_not_drawn_anew(family, tmp_path):
+    packed_llm(family)[0].save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    edit(tmp_path, lambda q: q["matrices"].pop(Q_PROJ))
+    with pytest.raises(ValueError, match=rf"^{tmp_path} holds 2 packed tensors .* first {Q_PROJ}\.codes; restore"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_that_is_tuned_after_it_was_declared_is_not_saved_until_it_is_folded(tmp_path):
+    model, recogniser = packed_llm("llama")[0], make_recogniser("llama")
+    pack_all(recogniser)
+    declare_packed(recogniser)
+    for part, whole in ((model, model), (recogniser, recogniser), (recogniser.llm, recogniser)):
+        tune(whole)
+        with pytest.raises(ValueError, match="fold the model before saving"):
+            copy.deepcopy(part).save_pretrained(tmp_path / "no")
+        fold(whole)
+    assert not (tmp_path / "no").exists()
+    model.save_pretrained(tmp_path / "llm")
+    assert_same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path / "llm"))
+
+
+def test_a_folder_of_trainable_forms_is_refused_by_whatever_loads_it(tmp_path):
+    model, _ = packed_llm("qwen3")
+    for name, module in packed_modules(model).items():
+        replace_module(model, name, TunedLinear.of(module))  # tune() would not let it be saved
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} lacks 14 tensors .*first model.*scale_zero; .* fold the model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_model_that_is_being_tuned_or_has_nothing_packed_is_not_declared():

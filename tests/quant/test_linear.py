@@ -118,7 +118,7 @@ def test_what_float16_cannot_hold_is_an_error_that_names_bfloat16(scale, zero):
     with pytest.raises(ValueError, match="float16 cannot hold: use scale_dtype bfloat16"):
         PackedLinear.from_solution(one_group(scale, zero), bias=None, scale_dtype=torch.float16)
     packed = PackedLinear.from_solution(one_group(scale, zero), bias=None, scale_dtype=torch.bfloat16)
-    assert abs(packed.scale_NG().item() / scale - 1) <= 2**-8
+    assert abs(packed.scale_NG().item() / scale - 1) <= 2**-7  # one beside the nearest, where that suits the zero
 
 
 @pytest.mark.parametrize("scale, zero", [(0.01, 1e-9), (1e-9, 0.01), (0.0, 0.0)])

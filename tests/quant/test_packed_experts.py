@@ -73,8 +73,7 @@ def test_a_state_dict_fills_an_empty_one_and_casting_spares_codes_and_scales():
     packed, _ = packed_and_original("gpt_oss", bits=3)
     with torch.device("meta"):
         module = make_experts("gpt_oss")
-    form = {"gate_up": 3, "down": 3}, {"gate_up": 16, "down": 16}
-    empty = PackedExperts.empty(module, bits=form[0], group_size=form[1]).to_empty(device="cpu")
+    empty = PackedExperts.place_for(module, packed.matrices(), name=NAME).to_empty(device="cpu")
     state = packed.state_dict()
     assert set(state) == {f"{p}.{t}" for p in ("gate_up", "down") for t in ("codes", "scale_zero", "bias")}
     empty.load_state_dict(state)
@@ -87,8 +86,8 @@ def test_a_state_dict_fills_an_empty_one_and_casting_spares_codes_and_scales():
 
 def test_bits_per_weight_are_those_of_the_file():
     packed, _ = packed_and_original("qwen3_moe", group_size=16)
-    bytes_stored = packed.down.codes.nbytes + packed.down.scale_zero.nbytes
-    assert packed.down.bits_per_weight == pytest.approx(8 * bytes_stored / (EXPERTS * 40 * 24))
+    # Of 24 columns in the space of 64 at 2 bits, and two groups with 32 bits each: (128 + 64) / 24.
+    assert packed.down.bits_per_weight == 8.0
 
 
 def test_solutions_that_do_not_fit_are_refused():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from packed_layers import random_solution
 
-from seedling.quant.solution import LayerSolution, group_count
+from seedling.quant.solution import LayerSolution, group_columns, group_count
 
 
 @pytest.mark.parametrize("group_size", [-1, 4, 16])
@@ -40,3 +40,8 @@ def values(*shape):
 def test_what_does_not_fit_together_is_refused(codes, scale, zero, bits, group_size, said):
     with pytest.raises(ValueError, match=said):
         LayerSolution(codes, scale, zero, bits, group_size)
+
+
+@pytest.mark.parametrize("K, group_size, columns", [(200, 64, 64), (200, -1, 200), (40, 64, 64)])
+def test_a_whole_group_has_the_columns_of_its_size_or_all(K, group_size, columns):
+    assert group_columns(K, group_size) == columns
