@@ -14,20 +14,22 @@ A matrix of shape [E, N, K] is one projection of a module of experts, which its 
 order of planes follow from bits and group size; quant/packing.py states them, and `version` counts its changes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
-from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packed_model import KINDS, forms, packed_modules, replace_module, tuned_modules
 from .storage import PACKED_TENSORS
+
+if TYPE_CHECKING:  # it may be half imported here: it imports transformers' quantizers, and the last of them this file
+    from transformers.modeling_utils import PreTrainedModel
 
 METHOD = "decoupleq"
 VERSION = 1
@@ -119,6 +121,9 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path], config: Dec
     Loading would leave the former undefined, and draw the weight that the latter stands for anew. A model may have
     other names in files than in memory, as Mixtral has, whose mlp is block_sparse_moe there; `model` knows them.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     named = {f"{name}.{tensor}" for name in config.matrices for tensor in PACKED_TENSORS}
     there: set[str] = set()
@@ -184,9 +189,12 @@ def _untie(model: Any) -> None:
 
 
 def register() -> None:
-    """Make from_pretrained read packed folders. Doing it again changes nothing."""
+    """Make from_pretrained read packed folders; importing this module does. Doing it again changes nothing."""
     from transformers.quantizers import auto
 
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(DecoupleQConfig)
         auto.register_quantizer(METHOD)(DecoupleQQuantizer)
+
+
+register()

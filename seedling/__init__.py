@@ -12,9 +12,7 @@ __version__ = "0.1.0"
 
 
 def _register_packed() -> None:
-    from .quant.hf import register
-
-    register()
+    from .quant import hf  # noqa: F401 - which registers; where it is half imported, it is about to
 
 
 # AutoModel, AutoConfig and AutoProcessor know acllm artifacts from here on, and from_pretrained knows packed weights;
