@@ -255,6 +255,8 @@ def test_adapters_on_packed_weights_are_refused():
         "import seedling\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained\nimport seedling",
         "from seedling.model.llm import load_llm\nfrom transformers import AutoModelForCausalLM",
+        "import seedling.quant.hf\nfrom transformers import AutoModelForCausalLM",
+        "import seedling\nimport transformers.modeling_utils\nfrom transformers import AutoModelForCausalLM",
     ],
 )
 def test_a_fresh_process_loads_a_packed_folder_in_any_import_order(imports, tmp_path):
