@@ -20,9 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
-from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -113,12 +110,16 @@ def place_packed(model: torch.nn.Module, config: DecoupleQConfig) -> None:
         replace_module(model, name, kind.packed.place_for(before, inner, name=name))
 
 
-def check_files(model: PreTrainedModel, files: Sequence[str | Path], config: DecoupleQConfig) -> None:
+def check_files(model: Any, files: Sequence[str | Path], config: DecoupleQConfig) -> None:
     """Raise ValueError where files lack a packed tensor that the config names, or hold one that it does not name.
 
     Loading would leave the former undefined, and draw the weight that the latter stands for anew. A model may have
     other names in files than in memory, as Mixtral has, whose mlp is block_sparse_moe there; `model` knows them.
     """
+    # Here, as this module is imported while transformers is still importing what these need.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     named = {f"{name}.{tensor}" for name in config.matrices for tensor in PACKED_TENSORS}
     there: set[str] = set()
