@@ -9,7 +9,7 @@ block's scale. Frames far apart may so differ by any factor, as in the log domai
 and sums; a log-domain recursion takes three times as long. What is e^-700 of a frame next to it counts as nothing.
 
 Of long audio a prefix keeps the WINDOW frames from where it may end onwards, and the window moves along with it: a step
-costs the same at five minutes as at sixteen seconds, and all of decoding grows with the length, not with its square.
+costs the same at five minutes as at eighteen seconds, and all of decoding grows with the length, not with its square.
 Audio that fits into one window is computed exactly.
 
 Shape letters: B utterances, T encoder frames, W classes of the CTC head (the last is the blank), R rows of the search,
