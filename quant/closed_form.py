@@ -15,7 +15,7 @@ from torch import Tensor
 from .problem import Problem, Quantised
 
 RIDGE = 1e-7  # beside the unit diagonal: a group of equal codes has a singular system, which then changes nothing
-SYSTEM_BYTES = 1 << 28  # of the systems that are solved at a time
+SYSTEM_BYTES = 1 << 27  # of the systems that are solved at a time; with factors and copies, four times that is held
 PASSES = 2  # the second removes what ridge and float32 left of the gradient
 
 
