@@ -46,7 +46,7 @@ def _system(problem: Problem, codes_RK: Tensor, column_sums_KG: Tensor) -> tuple
     A system that has none is NaN: it never wins.
     """
     R, K = codes_RK.shape
-    G, size = problem.groups, K if problem.group_size < 0 else problem.group_size
+    G, size = problem.groups, problem.group_columns
     system = torch.empty(R, 2 * G, 2 * G, dtype=torch.float64, device=codes_RK.device)
     system[:, G:, G:] = problem.group_sums(column_sums_KG.t())
     for j in range(G):

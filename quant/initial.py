@@ -130,7 +130,7 @@ def _ranges(problem: Problem) -> tuple[Tensor, Tensor]:
 def _grouped(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return w_GNC and real_G1C, 1 for columns and 0 for what fills up the last group."""
     N, K = problem.weight_NK.shape
-    size = K if problem.group_size < 0 else problem.group_size
+    size = problem.group_columns
     w_GNC = pad(problem.weight_NK, (0, -K % size)).reshape(N, -1, size).transpose(0, 1).contiguous()
     real = pad(torch.ones_like(problem.weight_NK[0]), (0, -K % size)).reshape(-1, 1, size)
     return w_GNC, real
@@ -138,7 +138,7 @@ def _grouped(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _diagonal_blocks(problem: Problem) -> Tensor:
     K = problem.weight_NK.shape[1]
-    size = K if problem.group_size < 0 else problem.group_size
+    size = problem.group_columns
     blocks = problem.weight_NK.new_zeros(problem.groups, size, size)
     for g in range(problem.groups):
         columns = slice(g * size, min((g + 1) * size, K))

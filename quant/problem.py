@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solution import LayerSolution, check_bits, columns_of_groups, group_count
+from .solution import LayerSolution, check_bits, columns_of_groups, group_columns, group_count
 
 DAMPING = 0.01
 FORM_BLOCKS = 6
@@ -81,6 +81,11 @@ class Problem:
     @property
     def groups(self) -> int:
         return group_count(self.weight_NK.shape[1], self.group_size)
+
+    @property
+    def group_columns(self) -> int:
+        """The columns of a group; the last one may have fewer."""
+        return group_columns(self.weight_NK.shape[1], self.group_size)
 
     @cached_property
     def group_of_column_K(self) -> Tensor:
