@@ -13,15 +13,14 @@ The methods differ in how codes are found, and in where the search starts:
 Shape letters: N rows (output channels), K columns (input channels), G groups in a row.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .act_order import ActOrder
 from .box import BoxRounding, block_columns
 from .closed_form import refitted
+from .exact_products import exact_products
 from .gptq import GPTQRounding, gptq
 from .initial import group_clip, row_clip
 from .problem import Problem, Quantised
@@ -47,17 +46,6 @@ def solve_layer(
     with exact_products(weight_NK.device):
         problem = Problem.of(weight_NK, hessian_KK, bits=bits, group_size=group_size)
         return problem.solution(METHODS[method](problem))
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Compute in the types that tensors have, whatever the caller does: no autocast, no TF32, no gradients."""
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def default(problem: Problem) -> Quantised:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact_products import exact_products
 from .ranks import Ranks
 
 ARITHMETICS = ("float64", "float32")
@@ -83,8 +84,5 @@ class InputMoments:
             chunk_nK = chunk_nK.double()
             return chunk_nK.T @ chunk_nK
         chunk_nK = chunk_nK.float()
-        allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-        try:
+        with exact_products(chunk_nK.device):
             return (chunk_nK.T @ chunk_nK).double()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
