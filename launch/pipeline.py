@@ -20,7 +20,7 @@ from .. import __version__
 from ..stages.runtime.signals import EXIT_INTERRUPTED
 from .fingerprint import audio_fingerprint, fingerprint, paths_in
 from .pipeline_config import Pipeline, Step
-from .placement import Placement
+from .placement import LOOPBACK, Placement
 from .process import child_environment, run_child
 
 BEGIN_SECONDS = 600
@@ -115,7 +115,10 @@ def placement_of_step(step: Step, placement: Placement) -> list[str]:
     """Return the options that place a step: the pipeline's, or its own number of processes on this machine."""
     if "stage" not in step.reads:
         return []
-    return placement.options() if step.nproc is None else Placement(nproc=step.nproc).options()
+    if step.nproc is None:
+        return placement.options()
+    # Where the pipeline's ranks are always children, so are these.
+    return Placement(nproc=step.nproc, master_addr=placement.master_addr and LOOPBACK).options()
 
 
 def _await_first_machine(step: Step, stamp_file: Path) -> None:

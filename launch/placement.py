@@ -19,6 +19,7 @@ from pathlib import Path
 from ..stages.runtime.rendezvous import free_port
 
 JOB_MODULE = "seedling.launch.job"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,5 @@ def deepspeed_command(placement: Placement, job_arguments: Sequence[str]) -> lis
     world = {f"node{node}": list(range(placement.nproc)) for node in range(placement.nnodes)}
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     there = [f"--world_info={encoded}", f"--node_rank={placement.node_rank}"]
-    there += [f"--master_addr={placement.master_addr or '127.0.0.1'}", f"--master_port={port}"]
+    there += [f"--master_addr={placement.master_addr or LOOPBACK}", f"--master_port={port}"]
     return [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level", "warning", *there, *what]
