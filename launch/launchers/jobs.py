@@ -18,7 +18,7 @@ from .cluster import ClusterConfig
 
 @dataclass(frozen=True)
 class Job:
-    """`arguments` follow `seedling`; launchers add where the ranks run. `after` names the job that must end well before.
+    """`arguments` follow `seedling`; launchers add where the ranks run. `after` names the job that it waits for.
 
     `run_dir` is where its logs are, and the files that launchers write.
     """

@@ -72,9 +72,7 @@ def _jobset(jobs: list[Job], cluster: ClusterConfig, *, name: str, max_restarts:
             "podFailurePolicy": {
                 "rules": [_on_exit("FailJob", USER_ERROR), _on_exit("Ignore", EXIT_INTERRUPTED)],
             },
-            "template": {
-                "spec": _pod(job, cluster, container="seedling", rank="JOB_COMPLETION_INDEX", address=address)
-            },
+            "template": {"spec": pod},
         }
         replicated.append({"name": step, "replicas": 1, **after, "template": {"spec": spec}})
     fail = {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
