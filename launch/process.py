@@ -7,13 +7,14 @@ terminal's) would end launchers and data workers too; what they would miss is a 
 their parent does.
 """
 
+import math
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..stages.runtime.rendezvous import RANK_VARIABLES
 from .lifetime import end_with_parent
@@ -23,6 +24,9 @@ from .variables import FOR_CHILDREN, FOR_RANKS, environment_with, threads_of
 
 # SIGUSR1 is what Slurm sends before a job's time is up; SIGHUP comes when the terminal closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# The same request can come twice: from whom we were started, and from Slurm, which signals every process of a job. A
+# rank must see it once, since a second one means that it should not wait for its checkpoint.
+SAME_REQUEST_SECONDS = 3.0
 POLL_SECONDS = 2.0
 # Ranks that wait for a failed one are ended after this; by themselves they would find out after NCCL's ten minutes.
 GRACE_SECONDS = 10.0
@@ -86,25 +90,37 @@ def run_child(
 ) -> Ended:
     """Run a command to its end. A request to stop calls `stop(pid, signal)`; `meanwhile(pid)` every POLL_SECONDS."""
     asked: list[int] = []
-    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-
-    def ask(signum: int, _: Any) -> None:
-        asked.append(signum)
-        stop(child.pid, signum)
-
-    previous = {signum: signal.signal(signum, ask) for signum in STOP_SIGNALS}
+    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in STOP_SIGNALS}
     try:
-        while True:
-            try:
-                code = child.wait(timeout=POLL_SECONDS if meanwhile else None)
-                break
-            except subprocess.TimeoutExpired:
-                assert meanwhile is not None, "only then there is a timeout"
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_begin_child)
+        handled, handled_at, called_at = 0, -math.inf, time.monotonic()
+        while (code := _end_of(child)) is None:
+            now = time.monotonic()
+            if len(asked) > handled:
+                if now - handled_at > SAME_REQUEST_SECONDS:
+                    stop(child.pid, asked[-1])
+                    handled_at = now
+                handled = len(asked)
+            if meanwhile is not None and now - called_at > POLL_SECONDS:
                 meanwhile(child.pid)
+                called_at = now
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return Ended(code if code >= 0 else 128 - code, bool(asked))
+
+
+def _begin_child() -> None:
+    end_with_parent()
+    # Slurm sends it to every process of a job; launchers and data workers, which have no handler, would end.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _end_of(child: subprocess.Popen) -> int | None:
+    try:
+        return child.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def rank_pids(launcher: int) -> list[int]:

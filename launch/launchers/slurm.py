@@ -16,11 +16,12 @@ from .cluster import ClusterConfig, SlurmConfig
 from .jobs import Job
 from .restarts import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
 
-BODY = """
-# Jobs that share a machine must not meet at one port.
+MEET = """
+# Where the ranks meet. Jobs that share a machine must not do so at one port.
 port=$((20000 + SLURM_JOB_ID % 20000))
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-
+"""
+BODY = """
 command=(
 @COMMAND@
 )
@@ -92,7 +93,7 @@ def render(job: Job, cluster: ClusterConfig, *, max_restarts: int) -> str:
     body = BODY
     for name, value in values.items():
         body = body.replace(f"@{name}@", value)
-    return "\n".join(lines) + "\n" + body
+    return "\n".join(lines) + "\n" + (MEET if job.places else "") + body
 
 
 def submit_command(job: Job, *, after: str) -> list[str]:
