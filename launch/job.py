@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..stages.runtime.config import Loaded
+from ..stages.runtime.signals import Interrupted
 from .errors import report_errors
 from .lifetime import end_with_parent
 from .ranks import end_recorded, keep_output
@@ -76,17 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with end_recorded(arguments.logs, rank) if arguments.logs is not None else nullcontext():
             run_job(arguments.stage, arguments.config, overrides=overrides)
 
-    from ..stages.runtime.signals import Interrupted
-    from ..stages.runtime.world import leave_world
-
     try:
         code = report_errors(run)
     except Interrupted:
-        leave_world()
+        _leave_world()
         raise
     if code == 0:  # after an error other ranks may never come to leave
-        leave_world()
+        _leave_world()
     return code
+
+
+def _leave_world() -> None:
+    from ..stages.runtime.world import leave_world  # imports torch
+
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..stages.runtime.rendezvous import RANK_VARIABLES
+from ..stages.runtime.signals import EXIT_INTERRUPTED
 from .lifetime import end_with_parent
 from .placement import JOB_MODULE, Placement, deepspeed_command
 from .ranks import explain, first_failure
@@ -59,21 +60,37 @@ def launch_ranks(job_arguments: Sequence[str], *, placement: Placement, run_dir:
     cores = len(os.sched_getaffinity(0))
     variables = [*FOR_RANKS, threads_of(max(1, cores // placement.nproc))]
     command = deepspeed_command(placement, [*job_arguments, "--logs", str(logs)])
-    failed_at: list[float] = []
-
-    def end_the_others(launcher: int) -> None:
-        if first_failure(logs, since=began) is not None:
-            failed_at.append(time.monotonic())
-        if failed_at and time.monotonic() - failed_at[0] > GRACE_SECONDS:
-            _signal(rank_pids(launcher), signal.SIGKILL)
-
+    watch = _Watch(logs, began)
     ended = run_child(
         command,
         environment=environment_with(variables, child_environment()),
         stop=lambda launcher, signum: _signal(rank_pids(launcher), signal.SIGTERM),
-        meanwhile=end_the_others,
+        meanwhile=watch.look,
     )
-    return explain(logs, since=began, code=ended.code) if ended.code else 0
+    if not ended.code:
+        return 0
+    return explain(logs, since=began, code=EXIT_INTERRUPTED if ended.asked else ended.code)
+
+
+class _Watch:
+    """Sees to it that a job of which a rank has failed, or which was asked to stop, ends."""
+
+    def __init__(self, logs: Path, began: float):
+        self.logs, self.began = logs, began
+        self.failed_at: float | None = None
+
+    def look(self, launcher: int, asked: bool) -> None:
+        now = time.monotonic()
+        if self.failed_at is None and first_failure(self.logs, since=self.began) is not None:
+            self.failed_at = now
+        if self.failed_at is None and not asked:
+            return
+        ranks = rank_pids(launcher)
+        if not ranks:
+            # All that is left of DeepSpeed's launcher is its own end, which can take long on a busy machine.
+            _signal([launcher], signal.SIGKILL)
+        elif self.failed_at is not None and now - self.failed_at > GRACE_SECONDS:
+            _signal(ranks, signal.SIGKILL)
 
 
 def pass_on(child: int, signum: int) -> None:
@@ -86,9 +103,12 @@ def run_child(
     *,
     environment: dict[str, str],
     stop: Callable[[int, int], None] = pass_on,
-    meanwhile: Callable[[int], None] | None = None,
+    meanwhile: Callable[[int, bool], None] | None = None,
 ) -> Ended:
-    """Run a command to its end. A request to stop calls `stop(pid, signal)`; `meanwhile(pid)` every POLL_SECONDS."""
+    """Run a command to its end. A request to stop calls `stop(pid, signal)`.
+
+    `meanwhile(pid, asked)` is called every POLL_SECONDS.
+    """
     asked: list[int] = []
     previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in STOP_SIGNALS}
     try:
@@ -102,7 +122,7 @@ def run_child(
                     handled_at = now
                 handled = len(asked)
             if meanwhile is not None and now - called_at > POLL_SECONDS:
-                meanwhile(child.pid)
+                meanwhile(child.pid, bool(asked))
                 called_at = now
     finally:
         for signum, handler in previous.items():
