@@ -68,6 +68,7 @@ setup(
             "espeakng-loader>=0.2.4",
             "jiwer>=4.0",
             "kaldi_native_fbank>=1.23",
+            "kubeflow-trainer-api>=2.3",
             "lhotse>=1.33",
             "pyright>=1.1.414",
             "pytest>=9.0",

@@ -11,13 +11,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 USER_ERROR = 2
+USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def report_errors(action: Callable[[], int | None]) -> int:
     """Run `action` and return its exit code; a ValueError or a missing file becomes one line on stderr and 2."""
     try:
         return action() or 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except USER_MISTAKES as error:
         if os.environ.get("SEEDLING_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         else:

@@ -9,12 +9,15 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..stages.runtime.config import Loaded
+from ..stages.runtime.signals import Interrupted
 from .errors import report_errors
+from .lifetime import end_with_parent
+from .ranks import end_recorded, keep_output
 from .stage_lookup import load_stage_config
 
 
@@ -55,22 +58,39 @@ def owned_run_dir(loaded: Loaded) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse `STAGE [--config F] [key=value ...]` and run this rank; return the exit code."""
+    """Parse `STAGE [--config F] [--logs DIR] [key=value ...]` and run this rank; return the exit code.
+
+    With --logs, which launchers give, what the rank writes and how it ends is kept there (ranks.py), and the
+    rank ends with its launcher.
+    """
     parser = argparse.ArgumentParser(prog="seedling.launch.job", description="Run one rank of one stage.")
     parser.add_argument("stage")
     parser.add_argument("--config")
+    parser.add_argument("--logs", type=Path)
     arguments, overrides = parser.parse_known_args(argv)
-    from ..stages.runtime.signals import Interrupted
-    from ..stages.runtime.world import leave_world
+    rank = int(os.environ.get("RANK", "0"))
+    if arguments.logs is not None:
+        end_with_parent()
+        keep_output(arguments.logs, rank)
+
+    def run() -> None:
+        with end_recorded(arguments.logs, rank) if arguments.logs is not None else nullcontext():
+            run_job(arguments.stage, arguments.config, overrides=overrides)
 
     try:
-        code = report_errors(lambda: run_job(arguments.stage, arguments.config, overrides=overrides))
+        code = report_errors(run)
     except Interrupted:
-        leave_world()
+        _leave_world()
         raise
     if code == 0:  # after an error other ranks may never come to leave
-        leave_world()
+        _leave_world()
     return code
+
+
+def _leave_world() -> None:
+    from ..stages.runtime.world import leave_world  # imports torch
+
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..stages.runtime.signals import EXIT_INTERRUPTED
 from .fingerprint import audio_fingerprint, fingerprint, paths_in
 from .pipeline_config import Pipeline, Step
+from .placement import LOOPBACK, Placement
 from .process import child_environment, run_child
 
-STOPPED = 75  # EX_TEMPFAIL, as a stage that was asked to stop: start again to go on
+BEGIN_SECONDS = 600
 RATES = {"wer", "cer", "mer", "rate", "fraction", "recall", "precision", "f1"}
 
 
@@ -35,16 +37,28 @@ class Outcome:
     metrics: dict[str, Any]
 
 
-def run_pipeline(pipeline: Pipeline, *, start: str | None = None) -> int:
-    """Run all steps, forced to run anew from step `start` on; return 0 or the exit code of the step that failed."""
+def run_pipeline(
+    pipeline: Pipeline, *, start: str | None = None, only: str | None = None, placement: Placement | None = None
+) -> int:
+    """Run all steps, or one, forced to run anew from step `start` on; return 0 or the exit code of the one that failed.
+
+    Stages run where `placement` says. On several machines that are started without one another only one step at a time
+    can run: the others could not know that the first machine's step has failed.
+    """
+    placement = placement or Placement(nproc=pipeline.nproc)
     names = [step.name for step in pipeline.steps]
-    if start is not None and start not in names:
-        raise ValueError(f"--from {start}: no such step; steps: {', '.join(names)}")
+    for option, name in (("--from", start), ("--only", only)):
+        if name is not None and name not in names:
+            raise ValueError(f"{option} {name}: no such step; steps: {', '.join(names)}")
+    if placement.nnodes > 1 and only is None:
+        raise ValueError(f"--nnodes {placement.nnodes}: machines run a pipeline a step at a time; add --only STEP")
     forced_from = len(names) if start is None else names.index(start)
     outcomes: dict[str, Outcome] = {}
     for number, step in enumerate(pipeline.steps):
+        if only not in (None, step.name):
+            continue
         print(f"\n== {pipeline.name} {number + 1}/{len(names)}: {step.name} ({step.kind})", flush=True)
-        outcome = run_step(step, run_dir=pipeline.run_dir, forced=number >= forced_from)
+        outcome = run_step(step, run_dir=pipeline.run_dir, forced=number >= forced_from, placement=placement)
         if outcome.code:
             print_table(pipeline, outcomes)
             print(
@@ -54,40 +68,69 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None) -> int:
             )
             return outcome.code
         outcomes[step.name] = outcome
-        write_summary(pipeline, outcomes)
-        report = step.output / "report.html" if step.output is not None else None
-        if report is not None and report.is_file():
-            shutil.copyfile(report, pipeline.run_dir / "report.html")
+        if placement.is_first:
+            write_summary(pipeline, outcomes)
+            report = step.output / "report.html" if step.output is not None else None
+            if report is not None and report.is_file():
+                shutil.copyfile(report, pipeline.run_dir / "report.html")
     print_table(pipeline, outcomes)
     return 0
 
 
-def run_step(step: Step, *, run_dir: Path, forced: bool) -> Outcome:
-    """Run one step in a process of its own, or skip it."""
+def run_step(step: Step, *, run_dir: Path, forced: bool, placement: Placement) -> Outcome:
+    """Run one step in a process of its own, or skip it. The first machine alone writes the stamp."""
     stamp_file = run_dir / ".pipeline" / f"{step.name}.json"
+    if not placement.is_first:
+        if not step.is_spread:
+            raise ValueError(f"step {step.name} runs on one machine: start it with --nnodes 1")
+        _await_first_machine(step, stamp_file)
     stamp = _read_json(stamp_file)
     reads = digest(step)
     unchanged = stamp.get("reads") == reads and not forced
     if unchanged and step.output is not None and stamp.get("made") == fingerprint(step.output):
         print(f"unchanged since {stamp['finished']}: skipped", flush=True)
         return Outcome(0, stamp["seconds"], True, metrics_of(step))
-    if stamp and not unchanged:
-        _keep_aside(run_dir / step.name)
-    _write_json(stamp_file, {"reads": reads})
-    print("$ seedling", *step.arguments, flush=True)
+    if placement.is_first:
+        if stamp and not unchanged:
+            _keep_aside(run_dir / step.name)
+        _write_json(stamp_file, {"reads": reads})
+    arguments = [*step.arguments, *placement_of_step(step, placement)]
+    print("$ seedling", *arguments, flush=True)
     began = time.monotonic()
-    command = [sys.executable, "-m", "seedling.launch.cli", *step.arguments]
-    ended = run_child(command, environment=child_environment())
+    ended = run_child([sys.executable, "-m", "seedling.launch.cli", *arguments], environment=child_environment())
     seconds = round(time.monotonic() - began, 1)
     if ended.code or ended.asked:
-        return Outcome(ended.code or STOPPED, seconds, False, {})
-    made = None if step.output is None else fingerprint(step.output)
-    if made == "absent":
-        print(f"seedling: step {step.name} ended without its output {step.output}", file=sys.stderr)
-        return Outcome(1, seconds, False, {})
-    finished = time.strftime("%Y-%m-%d %H:%M:%S")
-    _write_json(stamp_file, {"reads": reads, "made": made, "seconds": seconds, "finished": finished})
+        return Outcome(ended.code or EXIT_INTERRUPTED, seconds, False, {})
+    if placement.is_first:
+        made = None if step.output is None else fingerprint(step.output)
+        if made == "absent":
+            print(f"seedling: step {step.name} ended without its output {step.output}", file=sys.stderr)
+            return Outcome(1, seconds, False, {})
+        finished = time.strftime("%Y-%m-%d %H:%M:%S")
+        _write_json(stamp_file, {"reads": reads, "made": made, "seconds": seconds, "finished": finished})
     return Outcome(0, seconds, False, metrics_of(step))
+
+
+def placement_of_step(step: Step, placement: Placement) -> list[str]:
+    """Return the options that place a step: the pipeline's, or its own number of processes on this machine."""
+    if "stage" not in step.reads:
+        return []
+    if step.nproc is None:
+        return placement.options()
+    # Where the pipeline's ranks are always children, so are these.
+    return Placement(nproc=step.nproc, master_addr=placement.master_addr and LOOPBACK).options()
+
+
+def _await_first_machine(step: Step, stamp_file: Path) -> None:
+    """Wait until machine 0 has begun this very step: it may first move the folder of another run aside."""
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while _read_json(stamp_file).get("reads") != digest(step):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"step {step.name}: machine 0 has not begun it in {BEGIN_SECONDS} s ({stamp_file}); start the same "
+                "command there, with the same overrides, and see that all machines share this folder"
+            )
+        time.sleep(1)
 
 
 def digest(step: Step) -> str:
@@ -115,9 +158,15 @@ def metrics_of(step: Step) -> dict[str, Any]:
 
 
 def write_summary(pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
-    """Write RUN/summary.json: {"stages": {NAME: {metric: value, "seconds": s}}}, rates as fractions."""
-    stages = {name: {**outcome.metrics, "seconds": outcome.seconds} for name, outcome in outcomes.items()}
-    _write_json(pipeline.run_dir / "summary.json", {"pipeline": pipeline.name, "stages": stages})
+    """Write RUN/summary.json: {"stages": {NAME: {metric: value, "seconds": s}}}, rates as fractions.
+
+    Steps that another call ran (--only) are kept.
+    """
+    file = pipeline.run_dir / "summary.json"
+    stages = _read_json(file).get("stages", {})
+    stages |= {name: {**outcome.metrics, "seconds": outcome.seconds} for name, outcome in outcomes.items()}
+    stages = {step.name: stages[step.name] for step in pipeline.steps if step.name in stages}
+    _write_json(file, {"pipeline": pipeline.name, "stages": stages})
 
 
 def print_table(pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:

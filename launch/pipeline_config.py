@@ -91,13 +91,22 @@ class PipelineConfig:
 
 @dataclass
 class Step:
-    """A step ready to run: `arguments` follow `seedling`; `reads` is all that decides whether it must run again."""
+    """A step ready to run: `arguments` follow `seedling`; `reads` is all that decides whether it must run again.
+
+    `nproc` is set where the step itself says how many processes it has; it then stays on one machine.
+    """
 
     name: str
     kind: str
     arguments: list[str]
     output: Path | None
     reads: dict[str, Any]
+    nproc: int | None = None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it runs on as many machines and processes as its pipeline is given."""
+        return "stage" in self.reads and self.nproc is None
 
 
 @dataclass
@@ -108,6 +117,7 @@ class Pipeline:
     said: str
     run_dir: Path
     steps: list[Step]
+    nproc: int = 1
 
 
 def load_pipeline(name: str, *, overrides: Sequence[str] = ()) -> Pipeline:
@@ -136,7 +146,7 @@ def resolve_steps(cfg: PipelineConfig, *, file: Path, overrides: Sequence[str], 
         steps.append(step)
         if step.output is not None:
             known[step.name] = str(step.output)
-    return Pipeline(cfg.name, said, run_dir, steps)
+    return Pipeline(cfg.name, said, run_dir, steps, cfg.nproc)
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[Source], list[str]]:
@@ -187,9 +197,8 @@ def _resolve(cfg: StepConfig, pipeline: PipelineConfig, *, file: Path, known: di
     except ValueError as error:
         raise ConfigError(f"{file}: step {cfg.name}: {error}") from error
     arguments = ["run", cfg.stage, *(["--config", str(config)] if config else []), *texts]
-    nproc = cfg.nproc or pipeline.nproc
     reads = {"stage": cfg.stage, "config": {**loaded.values, "run_dir": None}}
-    return Step(cfg.name, cfg.stage, [*arguments, "--nproc", str(nproc)], folder / "artifact", reads)
+    return Step(cfg.name, cfg.stage, arguments, folder / "artifact", reads, nproc=cfg.nproc)
 
 
 def _contextualize_settings(options: Mapping[str, Any], *, where: str) -> list[str]:

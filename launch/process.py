@@ -1,20 +1,36 @@
-"""Starting other processes: several ranks through DeepSpeed's launcher, and a child whose end is waited for.
+"""Starting other processes: the ranks of a job through DeepSpeed's launcher, and a child whose end is waited for.
 
-A SIGTERM must reach the ranks, which checkpoint and exit cleanly. DeepSpeed's launcher would pass it to one rank at a
-time and kill that rank after 30 s, and its outer process (`deepspeed`) does not pass it on at all; so the ranks are
-signalled directly and the launchers are left to notice that all of them have ended.
+A request to stop must reach the ranks, which checkpoint and exit cleanly. DeepSpeed's launcher would pass it to one
+rank at a time and kill that rank after 30 s; so the ranks are signalled directly and the launcher is left to notice
+that all of them have ended. Children are in a session of their own, since a signal to a whole process group (Slurm's, a
+terminal's) would end launchers and data workers too; what they would miss is a SIGKILL to the group, so they end when
+their parent does.
 """
 
+import math
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from ..stages.runtime.rendezvous import RANK_VARIABLES, free_port
+from ..stages.runtime.rendezvous import RANK_VARIABLES
+from ..stages.runtime.signals import EXIT_INTERRUPTED
+from .lifetime import end_with_parent
+from .placement import JOB_MODULE, Placement, deepspeed_command
+from .ranks import explain, first_failure
+from .variables import FOR_CHILDREN, FOR_RANKS, environment_with, threads_of
 
-JOB_MODULE = "seedling.launch.job"
+# SIGUSR1 is what Slurm sends before a job's time is up; SIGHUP comes when the terminal closes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# The same request can come twice: from whom we were started, and from Slurm, which signals every process of a job. A
+# rank must see it once, since a second one means that it should not wait for its checkpoint.
+SAME_REQUEST_SECONDS = 3.0
+POLL_SECONDS = 2.0
+# Ranks that wait for a failed one are ended after this; by themselves they would find out after NCCL's ten minutes.
+GRACE_SECONDS = 10.0
 
 
 class Ended(NamedTuple):
@@ -27,53 +43,104 @@ class Ended(NamedTuple):
 def child_environment() -> dict[str, str]:
     """Return the environment for a child that is a job of its own.
 
-    The current folder is kept off its import path (a checkout has a top-level `kernels` and `data`), output comes line
-    by line, and the job that this process may be a rank of is not handed on: the child would listen on the same port.
+    The job that this process may be a rank of is not handed on: the child would listen on the same port.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return {**inherited, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    return environment_with(FOR_CHILDREN, inherited)
 
 
-def launch_ranks(job_arguments: Sequence[str], *, nproc: int) -> int:
-    """Run JOB_MODULE on `nproc` ranks of this machine through DeepSpeed's launcher; return the exit code."""
-    cores = len(os.sched_getaffinity(0))
-    environment = child_environment()
-    # Without it every rank would start a thread per core, and R ranks on a CPU would wait for one another.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    # On a CPU the launcher counts one slot per NUMA node; --num_accelerators replaces that count. The host file of a
-    # cluster (/job/hostfile) must not turn a local run into a remote one.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", "--num_accelerators", str(nproc)]
-    command += ["--master_port", str(free_port()), "--log_level", "warning", "--no_local_rank"]
-    command += ["--module", JOB_MODULE, *job_arguments]
-    return run_child(command, environment=environment, signal_ranks=True).code
+def launch_ranks(job_arguments: Sequence[str], *, placement: Placement, run_dir: Path) -> int:
+    """Run JOB_MODULE where `placement` says, through DeepSpeed's launcher; return the exit code.
 
-
-def run_child(command: Sequence[str], *, environment: dict[str, str], signal_ranks: bool = False) -> Ended:
-    """Run a command to its end.
-
-    SIGTERM is passed on: to the child, or with `signal_ranks` to the ranks below it. SIGINT from a terminal reaches the
-    whole process group by itself; here it only must not end the wait, so that the child can end in its own way.
+    If a rank fails, on any machine that shares RUN, its error is shown, its exit code returned, and the others ended.
     """
-    child = subprocess.Popen(command, env=environment)
-    asked = []
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    cores = len(os.sched_getaffinity(0))
+    variables = [*FOR_RANKS, threads_of(max(1, cores // placement.nproc))]
+    command = deepspeed_command(placement, [*job_arguments, "--logs", str(logs)])
+    watch = _Watch(logs, began)
+    ended = run_child(
+        command,
+        environment=environment_with(variables, child_environment()),
+        stop=lambda launcher, signum: _signal(rank_pids(launcher), signal.SIGTERM),
+        meanwhile=watch.look,
+    )
+    if not ended.code:
+        return 0
+    return explain(logs, since=began, code=EXIT_INTERRUPTED if ended.asked else ended.code)
 
-    def pass_on(signum, frame):
-        asked.append(signum)
-        for pid in rank_pids(child.pid) if signal_ranks else [child.pid]:
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                pass
 
-    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, lambda signum, frame: asked.append(signum))
+class _Watch:
+    """Sees to it that a job of which a rank has failed, or which was asked to stop, ends."""
+
+    def __init__(self, logs: Path, began: float):
+        self.logs, self.began = logs, began
+        self.failed_at: float | None = None
+
+    def look(self, launcher: int, asked: bool) -> None:
+        now = time.monotonic()
+        if self.failed_at is None and first_failure(self.logs, since=self.began) is not None:
+            self.failed_at = now
+        if self.failed_at is None and not asked:
+            return
+        ranks = rank_pids(launcher)
+        if not ranks:
+            # All that is left of DeepSpeed's launcher is its own end, which can take long on a busy machine.
+            _signal([launcher], signal.SIGKILL)
+        elif self.failed_at is not None and now - self.failed_at > GRACE_SECONDS:
+            _signal(ranks, signal.SIGKILL)
+
+
+def pass_on(child: int, signum: int) -> None:
+    """Hand a request to stop to a child: SIGINT as it is, all others as SIGTERM."""
+    _signal([child], signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
+
+
+def run_child(
+    command: Sequence[str],
+    *,
+    environment: dict[str, str],
+    stop: Callable[[int, int], None] = pass_on,
+    meanwhile: Callable[[int, bool], None] | None = None,
+) -> Ended:
+    """Run a command to its end. A request to stop calls `stop(pid, signal)`.
+
+    `meanwhile(pid, asked)` is called every POLL_SECONDS.
+    """
+    asked: list[int] = []
+    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in STOP_SIGNALS}
     try:
-        code = child.wait()
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_begin_child)
+        handled, handled_at, called_at = 0, -math.inf, time.monotonic()
+        while (code := _end_of(child)) is None:
+            now = time.monotonic()
+            if len(asked) > handled:
+                if now - handled_at > SAME_REQUEST_SECONDS:
+                    stop(child.pid, asked[-1])
+                    handled_at = now
+                handled = len(asked)
+            if meanwhile is not None and now - called_at > POLL_SECONDS:
+                meanwhile(child.pid, bool(asked))
+                called_at = now
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return Ended(code if code >= 0 else 128 - code, bool(asked))
+
+
+def _begin_child() -> None:
+    end_with_parent()
+    # Slurm sends it to every process of a job; launchers and data workers, which have no handler, would end.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _end_of(child: subprocess.Popen) -> int | None:
+    try:
+        return child.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def rank_pids(launcher: int) -> list[int]:
@@ -94,3 +161,11 @@ def rank_pids(launcher: int) -> list[int]:
     jobs = {process.pid for process in below if runs_job(process)}
     # A forked data worker has its rank's command line, and its rank as parent.
     return [process.pid for process in below if process.pid in jobs and process.ppid() not in jobs]
+
+
+def _signal(pids: Sequence[int], signum: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            pass

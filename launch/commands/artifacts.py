@@ -102,11 +102,13 @@ def _on_artifact(stage: str, arguments: argparse.Namespace, *, given: dict[str, 
     from ...stages.runtime.artifacts import load_artifact
     from ..pipeline import shown
     from ..pipeline_config import yaml_argument
+    from ..placement import Placement
     from .stages import run_on
 
     given = {"run_dir": arguments.out, "inputs.acllm": str(artifact_folder(arguments.artifact)), **given}
     overrides = [f"{key}={yaml_argument(value)}" for key, value in given.items()]
-    code = run_on(stage, arguments.config, overrides=[*overrides, *arguments.overrides], nproc=arguments.nproc)
+    placement = Placement(nproc=arguments.nproc)
+    code = run_on(stage, arguments.config, overrides=[*overrides, *arguments.overrides], placement=placement)
     if code:
         return code
     result = load_artifact(Path(arguments.out) / "artifact", verify=False)

@@ -1,7 +1,10 @@
 """Commands about one stage: show its config, check that it can run, run it."""
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from ..placement import Placement, add_placement, placement_of
 
 SHOWN = 5  # bad utterances of a micro-batch
 
@@ -19,7 +22,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("stage", help="a stage such as sft, or module:Class of your own")
         parser.add_argument("--config", metavar="F", help="a YAML file, or the name of a packaged one")
         if name == "run":
-            parser.add_argument("--nproc", type=int, default=1, help="processes on this machine (default 1)")
+            add_placement(parser)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the YAML")
         parser.set_defaults(action=action)
 
@@ -34,24 +37,23 @@ def show(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a stage in this process, or on several ranks through DeepSpeed's launcher."""
-    return run_on(arguments.stage, arguments.config, overrides=arguments.overrides, nproc=arguments.nproc)
+    return run_on(arguments.stage, arguments.config, overrides=arguments.overrides, placement=placement_of(arguments))
 
 
-def run_on(stage: str, config: str | None, *, overrides: list[str], nproc: int) -> int:
-    """Run a stage on `nproc` ranks of this machine and return the exit code. Config errors show before ranks start."""
+def run_on(stage: str, config: str | None, *, overrides: list[str], placement: Placement) -> int:
+    """Run a stage's ranks where `placement` says; return the exit code. Config errors show before ranks start."""
     from ..job import run_job
     from ..process import launch_ranks
     from ..stage_lookup import load_stage_config
 
-    if nproc < 1:
-        raise ValueError(f"--nproc is {nproc}; give the number of processes, 1 or more")
-    if nproc == 1:
+    if placement.in_this_process:
         run_job(stage, config, overrides=overrides)
         return 0
     stage_class, loaded = load_stage_config(stage, config, overrides=overrides)
     if not hasattr(stage_class, "run"):
-        loaded.config.train.accumulation_steps(nproc)
-    return launch_ranks([stage, *(["--config", config] if config else []), *overrides], nproc=nproc)
+        loaded.config.train.accumulation_steps(placement.size)
+    arguments = [stage, *(["--config", config] if config else []), *overrides]
+    return launch_ranks(arguments, placement=placement, run_dir=Path(loaded.config.run_dir))
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from seedling.launch.fingerprint import fingerprint, paths_in
-from seedling.launch.pipeline import digest, metrics_of, run_pipeline, shown
+from seedling.launch.pipeline import digest, metrics_of, placement_of_step, run_pipeline, shown
 from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
+from seedling.launch.placement import Placement
 from seedling.launch.process import child_environment
 from seedling.stages.runtime.config import ConfigError, parse_override
 from seedling.stages.runtime.rendezvous import RANK_VARIABLES
@@ -152,9 +153,11 @@ def test_run_dir_and_environment_can_be_referred_to(folder, monkeypatch):
     monkeypatch.setenv("SPEECH", "/some/where")
     text = TWO_STEPS + '  - {name: p, command: prepare, args: ["${oc.env:SPEECH}/x", "${run_dir}/y"]}\n'
     (folder / "toy.yaml").write_text(text)
-    steps = load_pipeline("toy", overrides=["run_dir=elsewhere", "nproc=2", "two.nproc=3"]).steps
+    pipeline = load_pipeline("toy", overrides=["run_dir=elsewhere", "nproc=2", "two.nproc=3"])
+    steps = pipeline.steps
     assert steps[2].arguments[1:3] == ["/some/where/x", "elsewhere/y"]
-    assert [step.arguments[-1] for step in steps[:2]] == ["2", "3"]
+    placed = [placement_of_step(step, Placement(nproc=pipeline.nproc)) for step in steps]
+    assert placed == [["--nproc", "2"], ["--nproc", "3"], []]
     assert "inputs.first=elsewhere/one/artifact" in steps[1].arguments
 
 

@@ -39,6 +39,10 @@ class Count:
             if os.environ["RANK"] == "1":
                 sys.exit(7)
             time.sleep(60)  # until the launcher ends it: by itself it might fail first, at a barrier, with another code
+        if cfg.fail == "last_rank":
+            if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                raise RuntimeError("the last rank cannot go on")
+            time.sleep(600)
         if cfg.fail == "stop":
             signal.signal(signal.SIGTERM, lambda *_: self._stop(cfg))
             (Path(cfg.run_dir) / f"ready{os.environ['RANK']}").touch()

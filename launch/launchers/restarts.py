@@ -1,0 +1,47 @@
+"""Starting a command again after a crash: it goes on from its last whole checkpoint.
+
+Not after its end (0), its user's mistake (2), which it would only make again, or a stop on request (75). Each pause is
+twice the one before: what brought it down, a full disk or a lost machine, often needs a while.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+
+from ...stages.runtime.signals import EXIT_INTERRUPTED
+from ..errors import USER_ERROR
+from ..process import Ended, run_child
+
+FIRST_PAUSE_SECONDS = 15  # longer than ranks on another machine take to notice (process.GRACE_SECONDS)
+LONGEST_PAUSE_SECONDS = 300
+
+
+def pause_before(restart: int) -> int:
+    """Return the seconds to wait before restart 1, 2, ..."""
+    return min(FIRST_PAUSE_SECONDS * 2 ** (restart - 1), LONGEST_PAUSE_SECONDS)
+
+
+def run_restarting(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    max_restarts: int,
+    run: Callable[..., Ended] = run_child,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Run a command, again after each crash, `max_restarts` times at most; return its last exit code."""
+    for restart in count(1):
+        ended = run(command, environment=dict(environment))
+        if ended.code in (0, USER_ERROR, EXIT_INTERRUPTED) or ended.asked:
+            return ended.code
+        if restart > max_restarts:
+            print(f"seedling: it has crashed {restart} times; --max-restarts is {max_restarts}", file=sys.stderr)
+            return ended.code
+        pause = pause_before(restart)
+        print(
+            f"seedling: crashed with exit code {ended.code}; restart {restart} of {max_restarts} in {pause} s",
+            file=sys.stderr,
+        )
+        sleep(pause)
+    raise AssertionError("count() does not end")

@@ -1,0 +1,122 @@
+"""One job on two machines (namespaces with their own addresses), each started by itself, as without ssh.
+
+They meet over the network that the cluster's config names; a request to stop one of them stops both, with a checkpoint
+from which they go on; an error on one is what the other one shows as well.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import two_nodes
+
+from seedling.stages.runtime.rendezvous import RANK_VARIABLES
+
+TESTS = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+CONFIG = """
+stage: toy_stage:ToyStage
+run_dir: runs/toy
+sleep_seconds: 0.2
+train:
+  {micro_batch_seconds: 8, global_batch_seconds: 32, max_steps: 60, save_every: 1000, log_every: 1,
+   lr: {body: 0.001, head: 0.001}, wandb: {mode: disabled}}
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    reason = two_nodes.missing()
+    if reason:
+        pytest.skip(reason)
+    with two_nodes.two_nodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def launch(nodes, tmp_path):
+    """A function that starts a config on both machines; what still runs at the end is killed."""
+    (tmp_path / "hosts").write_text("".join(f"{node.address} slots=2\n" for node in nodes))
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    toys = [str(TESTS / "launch"), str(TESTS / "stages/runtime")]
+    path = os.pathsep.join([*toys, inherited.get("PYTHONPATH", "")])
+    environment = {**inherited, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    started: list[subprocess.Popen] = []
+
+    def start(config: str, *overrides: str) -> list[subprocess.Popen]:
+        options = ["--on", "hostfile", "--hostfile", "hosts", "--no_ssh", "--max-restarts", "0"]
+        cluster = ["cluster.gpus=false", f"cluster.interface={two_nodes.INTERFACE}"]
+        for rank, node in enumerate(nodes):
+            command = [
+                sys.executable,
+                "-m",
+                "seedling.launch.cli",
+                "launch",
+                config,
+                *options,
+                "--node_rank",
+                str(rank),
+            ]
+            with (tmp_path / f"node{rank}.log").open("ab") as out:
+                process = subprocess.Popen(
+                    node.command(*command, *cluster, *overrides), cwd=tmp_path, env=environment, stdout=out, stderr=out
+                )
+            started.append(process)
+        return started[-2:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def said(folder: Path) -> str:
+    return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(folder.rglob("*.log")))
+
+
+def ends(processes: list[subprocess.Popen], folder: Path) -> list[int]:
+    try:
+        return [process.wait(timeout=400) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(said(folder)) from None
+
+
+def steps(folder: Path) -> list[int]:
+    file = folder / "runs/toy/ledger.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_job_on_two_machines_is_stopped_on_one_of_them_and_goes_on_to_its_end(launch, tmp_path):
+    (tmp_path / "toy.yaml").write_text(CONFIG)
+    both = launch("toy.yaml")
+    deadline = time.monotonic() + 400
+    while len(steps(tmp_path)) < 3:
+        assert time.monotonic() < deadline and not any(process.poll() for process in both), said(tmp_path)
+        time.sleep(0.2)
+    both[1].send_signal(signal.SIGTERM)
+    assert ends(both, tmp_path) == [75, 75], said(tmp_path)
+    stopped_at = len(steps(tmp_path))
+    assert [each.name for each in (tmp_path / "runs/toy/checkpoints").iterdir()] == [f"step_{stopped_at:06d}"]
+
+    assert ends(launch("toy.yaml"), tmp_path) == [0, 0], said(tmp_path)
+    assert f"step {stopped_at + 1} of 60" in (tmp_path / "node0.log").read_text()
+    assert steps(tmp_path) == list(range(1, 61))
+    manifest = json.loads((tmp_path / "runs/toy/artifact/manifest.json").read_text())
+    assert manifest["kind"] == "toy_model"
+    assert len(list((tmp_path / "runs/toy/logs").glob("rank_*.log"))) == 4
+
+
+def test_an_error_on_one_machine_ends_both_with_its_traceback_and_its_code(launch, tmp_path):
+    (tmp_path / "count.yaml").write_text("stage: toy_stages:Count\nrun_dir: runs/count\nfail: last_rank\n")
+    began = time.monotonic()
+    both = launch("count.yaml")
+    assert ends(both, tmp_path) == [1, 1], said(tmp_path)
+    for rank in (0, 1):
+        shown = (tmp_path / f"node{rank}.log").read_text()
+        assert "RuntimeError: the last rank cannot go on" in shown and "rank 3" in shown, said(tmp_path)
+    assert time.monotonic() - began < 300  # the other ranks would sleep for ten minutes

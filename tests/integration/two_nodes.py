@@ -1,0 +1,68 @@
+"""Two machines on this one: network namespaces with addresses of their own, joined by a cable (veth).
+
+What runs in one sees its own end and its own loopback only, so a job that would meet at 127.0.0.1 or listen on the
+wrong interface fails here as it does on a cluster. The files are shared. Needs root and iproute2.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+INTERFACE = "cable"
+
+
+class Node(NamedTuple):
+    """A machine: its namespace and its address on the cable."""
+
+    name: str
+    address: str
+
+    def command(self, *words: str) -> list[str]:
+        """Return a command as it is started on this machine."""
+        return ["ip", "netns", "exec", self.name, *words]
+
+
+def missing() -> str:
+    """Say why it cannot run here; "" where it can."""
+    if shutil.which("ip") is None:
+        return "no ip: apt-get install iproute2"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = f"probe{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return ""
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    """Make both, yield them, and take them down with whatever still runs in them."""
+    nodes = (Node(f"a{os.getpid()}", "10.77.0.1"), Node(f"b{os.getpid()}", "10.77.0.2"))
+    try:
+        for node in nodes:
+            _ip("netns", "add", node.name)
+        ends = [("name", INTERFACE, "netns", node.name) for node in nodes]
+        _ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        for node in nodes:
+            inside = ("-n", node.name)
+            _ip(*inside, "address", "add", f"{node.address}/24", "dev", INTERFACE)
+            _ip(*inside, "link", "set", INTERFACE, "up")
+            _ip(*inside, "link", "set", "lo", "up")
+        yield nodes
+    finally:
+        for node in nodes:
+            inside = subprocess.run(["ip", "netns", "pids", node.name], capture_output=True, text=True).stdout.split()
+            for pid in inside:
+                subprocess.run(["kill", "-9", pid], stderr=subprocess.DEVNULL)
+            subprocess.run(["ip", "netns", "del", node.name], stderr=subprocess.DEVNULL)
+
+
+def _ip(*words: str) -> None:
+    command: Sequence[str] = ["ip", *words]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{' '.join(command)}: {ended.stderr}"

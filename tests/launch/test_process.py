@@ -1,0 +1,65 @@
+"""Children of ours: asked to stop once, by one signal, and gone when their parent is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+CHILD = """
+import os, pathlib, signal, time
+def note(signum, frame):
+    with open("got", "a") as file: file.write(f"{signum}\\n")
+    if signum == signal.SIGTERM: raise SystemExit(75)
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1): signal.signal(signum, note)
+pathlib.Path("pid.new").write_text(str(os.getpid())); os.rename("pid.new", "pid")
+time.sleep(60)
+"""
+PARENT = f"""
+import os, sys
+from seedling.launch.process import run_child
+ended = run_child([sys.executable, "-c", {CHILD!r}], environment=dict(os.environ))
+print(*ended)
+"""
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A process that waits for a child in run_child, both in a process group of their own."""
+    command = [sys.executable, "-c", PARENT]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: (tmp_path / "pid").exists())
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_reaches_the_child_once_as_a_request_to_stop(parent, tmp_path, signum):
+    os.killpg(parent.pid, signum)
+    assert parent.communicate(timeout=30)[0].split() == ["75", "True"]
+    assert (tmp_path / "got").read_text().split() == [str(int(signal.SIGTERM))]
+
+
+def test_a_parent_that_is_killed_leaves_no_child(parent, tmp_path):
+    pid = int((tmp_path / "pid").read_text())
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not running(pid), seconds=10)
+
+
+def running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
