@@ -56,6 +56,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transcribe_.add_argument(
         "--window-seconds", type=float, default=0.0, help="decode longer audio window by window (default: all at once)"
     )
+    transcribe_.add_argument(
+        "--unpack-gb", type=float, help="memory for dense weights of a packed recogniser (default: by the machine)"
+    )
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
@@ -129,7 +132,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
         "context_alpha": arguments.context_alpha,
         "window_seconds": arguments.window_seconds,
     }
-    recogniser = load(artifact_folder(arguments.artifact))
+    recogniser = load(artifact_folder(arguments.artifact), unpack_gb=arguments.unpack_gb)
     failed = 0
     for files in _in_groups(expand(arguments.files)[: arguments.limit]):
         readable = list(_read(files, sample_rate=recogniser.sample_rate))
