@@ -196,4 +196,5 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = AudioLLM.from_pretrained(folder, dtype=dtype).to(device)
     unpack_recogniser(model, gb=unpack_gb)
+    model.record_steps()
     return Recogniser(model)

@@ -101,6 +101,7 @@ def load_recogniser(acllm: Artifact, cfg: DecodingConfig, world: World) -> tuple
     if cfg.tell_language and not model.processor.prompts.languages:
         raise ValueError(f"tell_language: {acllm.path} was trained without prompts.languages; leave it out")
     unpack_recogniser(model, gb=cfg.unpack_gb, processes=world.size)
+    model.record_steps()
     return model, replace(model.decode_config, **given_values(cfg.decode))
 
 
