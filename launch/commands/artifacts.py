@@ -238,7 +238,7 @@ def parameters_by_part(folder: Path) -> dict[str, int]:
 
     counts: dict[str, int] = {}
     forms = packed_forms(folder)
-    for name, header in _tensors(folder).items():
+    for name, header in _tensors(folder, forms).items():
         matrix, _, tensor = name.rpartition(".")
         count = math.prod(header["shape"])
         if matrix in forms and tensor in PACKED_TENSORS:
@@ -255,7 +255,8 @@ def packed_lines(folder: Path) -> list[str]:
     forms = packed_forms(folder)
     if not forms:
         return []
-    sizes = {name: end - start for name, header in _tensors(folder).items() for start, end in [header["data_offsets"]]}
+    found = _tensors(folder, forms)
+    sizes = {name: end - start for name, header in found.items() for start, end in [header["data_offsets"]]}
     storage = storage_of(forms, sizes)
     lines = []
     for matrix in storage.by_pattern():
@@ -285,14 +286,25 @@ def packed_forms(folder: Path) -> dict[str, Any]:
     return forms
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
+def _tensors(folder: Path, forms: dict[str, Any]) -> dict[str, Any]:
     """Return shape and data_offsets of every tensor in an artifact's safetensors, from their headers alone.
 
-    The header is JSON behind its length, eight bytes little-endian (https://huggingface.co/docs/safetensors).
+    The header is JSON behind its length, eight bytes little-endian (https://huggingface.co/docs/safetensors). Packed
+    tensors have the names that `forms` has, which are not always those in the file: Mixtral's mlp is block_sparse_moe
+    there.
     """
+    from ...quant.storage import PACKED_TENSORS
+
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         found |= {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    named = {f"{matrix}.{tensor}" for matrix in forms for tensor in PACKED_TENSORS}
+    strange = [name for name in found.keys() - named if name.rpartition(".")[2] in PACKED_TENSORS]
+    if strange:
+        from ...quant.hf import name_in_memory  # transformers takes seconds
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found |= {name_in_memory(name, config): found.pop(name) for name in strange}
     return found
