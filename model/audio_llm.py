@@ -41,6 +41,7 @@ from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 from .sampling import sample
 from .speech_encoder import speech_encoder_facts
+from .static_step import CudaGraphs, StaticScorer, StaticSteps, takes_graphs
 
 
 class SpeechOutput(NamedTuple):
@@ -107,6 +108,7 @@ class AudioLLM(AssembledModel):
         self.prompt_tokens = PromptTokens(**config.prompt_tokens)
         self._processor: AudioLLMProcessor | None = None
         self._token_bytes: TokenBytes | None = None  # made when joint decoding first needs it
+        self._steps: StaticSteps | None = None  # made by record_steps
         if config.acoustic_dtype == "float32":
             # Or loading would round them to the LLM's type, of which the config says `dtype`.
             self._keep_in_fp32_modules_strict = {"fbank", "encoder", "converter", "ctc_head"}
@@ -352,7 +354,7 @@ class AudioLLM(AssembledModel):
             assert contexts_ids is not None
             plain = self.build_prompt(speech, languages=languages)
             prefixes = [ContextPrompt(p, c if ids else None) for p, c, ids in zip(plain, prefixes, contexts_ids)]
-        llm, ctc = llm_scorer(self.llm), self._ctc_gains(speech, config) if config.ctc_weight else None
+        llm, ctc = self._llm_scorer(), self._ctc_gains(speech, config) if config.ctc_weight else None
         scorer: StepScorer = llm if ctc is None else CTCScorer(llm, ctc)
         if joint:
             scorer = ContextScorer(llm, config=config, ctc=ctc)
@@ -373,7 +375,7 @@ class AudioLLM(AssembledModel):
     ) -> list[list[Hypothesis]]:
         """Return `num` samples of the LLM's distribution for each utterance, in the order drawn (model/sampling.py)."""
         return sample(
-            llm_scorer(self.llm),
+            self._llm_scorer(),
             self.build_prompt(speech, contexts_ids, languages),
             limits=self._limits(speech, self.decode_config),
             end=self.prompt_tokens.end,
@@ -382,6 +384,17 @@ class AudioLLM(AssembledModel):
             top_p=top_p,
             generator=generator,
         )
+
+    def record_steps(self) -> bool:
+        """Let a GPU replay the LLM's decoding steps from here on (model/static_step.py); return whether it can.
+
+        For a recogniser that serves: the buffers stay allocated between searches.
+        """
+        self._steps = StaticSteps(self.llm, record=CudaGraphs()) if takes_graphs(self.llm) else None
+        return self._steps is not None
+
+    def _llm_scorer(self) -> StepScorer:
+        return StaticScorer(self._steps) if self._steps and not self.llm.training else llm_scorer(self.llm)
 
     def _limits(self, speech: SpeechOutput, config: DecodeConfig) -> list[int]:
         """Return the most tokens that each utterance may have."""

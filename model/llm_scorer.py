@@ -71,7 +71,7 @@ class TreeScorer:
     def start(self, prefixes: list[Tensor]) -> Tensor:
         groups = groups_by_length([len(prefix) for prefix in prefixes])
         read = [read_prompts(self.llm, [prefixes[i] for i in group]) for group in groups]
-        self.cache = TreeCache([cache for _, cache in read])
+        self.cache = self._cache_of([cache for _, cache in read])
         device, T = prefixes[0].device, self.cache.columns
         order = torch.tensor([i for group in groups for i in group], device=device).argsort()
         self.position_R = torch.tensor([len(prefix) for prefix in prefixes], device=device)
@@ -91,16 +91,7 @@ class TreeScorer:
         # A seat without a row sees everything: what it computes is never read, but must not be NaN.
         mask_UQT = self.seen_RT.new_ones(U, Q, self.seen_RT.shape[1])
         mask_UQT[seat] = self.seen_RT
-        logits_RV, _ = logits_at(
-            self.llm,
-            self.llm.get_input_embeddings()(tokens_UQ),
-            rows_N=self.utterance_R,
-            columns_N=self.slot_R,
-            attention_mask=attention_mask(self.llm, mask_UQT),
-            position_ids=position_UQ,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        logits_RV = self._logits(tokens_UQ, position_UQ, mask_UQT)
         self.position_R = self.position_R + 1
         return logits_RV.float().log_softmax(-1)
 
@@ -114,6 +105,23 @@ class TreeScorer:
             moved = self.cache.keep(kept)
             utterances = [moved[utterance] for utterance in utterances]
         self._seat(utterances)
+
+    def _cache_of(self, groups: list[DynamicCache]) -> TreeCache:
+        return TreeCache(groups)
+
+    def _logits(self, tokens_UQ: Tensor, position_UQ: Tensor, mask_UQT: Tensor) -> Tensor:
+        """Append the tokens' columns to the cache; return logits_RV of what follows them."""
+        logits_RV, _ = logits_at(
+            self.llm,
+            self.llm.get_input_embeddings()(tokens_UQ),
+            rows_N=self.utterance_R,
+            columns_N=self.slot_R,
+            attention_mask=attention_mask(self.llm, mask_UQT),
+            position_ids=position_UQ,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return logits_RV
 
     def _seat(self, utterances: list[int]) -> None:
         """Give every row a query position in its utterance's row of the cache."""

@@ -44,7 +44,7 @@ class TreeCache(Cache):
         layers = [[group.layers[n] for group in groups] for n in range(len(groups[0].layers))]
         super().__init__(
             layers=[
-                TreeLayer(_stacked([layer.keys for layer in of]), _stacked([layer.values for layer in of]))
+                TreeLayer(stacked([layer.keys for layer in of]), stacked([layer.values for layer in of]))
                 for of in layers
             ]
         )
@@ -63,8 +63,8 @@ class TreeCache(Cache):
     def thin_out(self, columns_UT: Tensor, *, room: int) -> None:
         """Keep these columns of each utterance, in this order, and make room for more."""
         for layer in self.layers:
-            layer.keys = _gathered(layer.keys[: layer.rows], columns_UT, room=room)
-            layer.values = _gathered(layer.values[: layer.rows], columns_UT, room=room)
+            layer.keys = gathered(layer.keys[: layer.rows], columns_UT, room=room)
+            layer.values = gathered(layer.values[: layer.rows], columns_UT, room=room)
             layer.columns = columns_UT.shape[1]
 
     def keep(self, rows: Sequence[int]) -> dict[int, int]:
@@ -79,14 +79,15 @@ class TreeCache(Cache):
         return {row: moved.get(row, row) for row in rows}
 
 
-def _stacked(groups: list[Tensor]) -> Tensor:
+def stacked(groups: list[Tensor]) -> Tensor:
     """Return the groups' states one under the other, the last columns aligned; padding is zero."""
     widest = max(group.shape[2] for group in groups)
     padded = [torch.nn.functional.pad(group, (0, 0, widest - group.shape[2], 0)) for group in groups]
     return torch.cat(padded) if len(padded) > 1 else padded[0]
 
 
-def _gathered(states_UHTD: Tensor, columns_UT: Tensor, *, room: int) -> Tensor:
+def gathered(states_UHTD: Tensor, columns_UT: Tensor, *, room: int = 0) -> Tensor:
+    """Return these columns of each utterance, followed by `room` empty ones."""
     U, H, _, D = states_UHTD.shape
     T = columns_UT.shape[1]
     buffer = states_UHTD.new_zeros(U, H, T + room, D)

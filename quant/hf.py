@@ -148,6 +148,16 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path], config: Dec
         )
 
 
+def name_in_memory(name: str, config: Mapping[str, Any]) -> str:
+    """Return what a tensor of a file is called in the model of this config.json, which is not built for it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    types = [part.get("model_type") for part in (config, *config.values()) if isinstance(part, Mapping)]
+    mappings = [get_checkpoint_conversion_mapping(kind) or [] for kind in types if kind]
+    return apply_renamings(name, [one for found in mappings for one in found if isinstance(one, WeightRenaming)])
+
+
 def _of_experts(form: Mapping[str, Any]) -> bool:
     shape = form.get("shape")
     return isinstance(shape, (list, tuple)) and len(shape) == 3

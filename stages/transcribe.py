@@ -19,6 +19,7 @@ from ..data.windows import is_silent, require_window
 from ..model.audio_llm import AudioLLM
 from ..model.decoding import DecodeConfig
 from .recogniser.listening import hear
+from .recogniser.unpacking import unpack_recogniser
 from .runtime.artifacts import load_artifact
 
 log = logging.getLogger(__name__)
@@ -176,13 +177,24 @@ def _one_each(value: str | Sequence[str | None] | None, items: list, *, name: st
 
 
 def load(
-    artifact: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    artifact: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    unpack_gb: float | None = None,
 ) -> Recogniser:
-    """Open an acllm artifact (its folder, or its run's) as a recogniser, on a GPU where there is one."""
+    """Open an acllm artifact (its folder, or its run's) as a recogniser, on a GPU where there is one.
+
+    `unpack_gb` is the memory that dense weights of a packed one may take (recogniser/unpacking.py); None is up to the
+    machine: on a CPU what speed asks for, on a GPU nothing.
+    """
     folder = Path(artifact)
     if not (folder / "manifest.json").is_file() and (folder / "artifact" / "manifest.json").is_file():
         folder = folder / "artifact"
     load_artifact(folder, kind="acllm", wanted_by="seedling.load")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return Recogniser(AudioLLM.from_pretrained(folder, dtype=dtype).to(device))
+    model = AudioLLM.from_pretrained(folder, dtype=dtype).to(device)
+    unpack_recogniser(model, gb=unpack_gb)
+    model.record_steps()
+    return Recogniser(model)

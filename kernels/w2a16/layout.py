@@ -50,6 +50,12 @@ class Layout(NamedTuple):
         for first in range(0, self.K, unit):
             yield first, min(first + unit, self.K)
 
+    def channel_tiles(self) -> Iterator[slice]:
+        """Yield the channels of tiles of about TILE_ELEMENTS that have all columns."""
+        width = max(1, TILE_ELEMENTS // self.K)
+        for first in range(0, self.N, width):
+            yield slice(first, min(first + width, self.N))
+
     def groups(self, first: int, last: int) -> slice:
         """Return the groups of a tile."""
         g = group_columns(self.K, self.group_size)

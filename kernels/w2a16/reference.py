@@ -23,17 +23,20 @@ from .packing import unpack_columns
 
 def dequantise(codes: Tensor, scale_zero_GN2: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return w_NK in `dtype`, made tile by tile."""
-    scale_zero_GN2 = _exact(scale_zero_GN2)
     weight_NK = torch.empty(layout.N, layout.K, dtype=dtype, device=codes.device)
-    for first, last in layout.tiles():
-        codes_kN = _codes(codes, layout, first, last).to(scale_zero_GN2.dtype)
-        weight_NK[:, first:last] = _scaled(codes_kN, scale_zero_GN2, layout, first, last).T
+    for part, tile_nK in _channel_tiles(codes, scale_zero_GN2, layout):
+        weight_NK[part] = tile_nK
     return weight_NK
 
 
 def linear(x: Tensor, codes: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor | None, layout: Layout) -> Tensor:
-    """Return x W~^T + b, [..., N], in the type of x."""
-    return torch.nn.functional.linear(x, dequantise(codes, scale_zero_GN2, layout, x.dtype), bias_N)
+    """Return x W~^T + b, [..., N], in the type of x. The weight is never there as a whole."""
+    y = x.new_empty(*x.shape[:-1], layout.N)
+    for part, tile_nK in _channel_tiles(codes, scale_zero_GN2, layout):
+        bias_n = None if bias_N is None else bias_N[part]
+        # As it lies in a dense weight, so that the library sums in the same order.
+        y[..., part] = torch.nn.functional.linear(x, tile_nK.to(x.dtype).contiguous(), bias_n)
+    return y
 
 
 def gradients(
@@ -63,6 +66,14 @@ def gradients(
     return dx_nK, torch.stack([dscale_GN, dzero_GN], dim=-1).to(scale_zero_GN2.dtype)
 
 
+def _channel_tiles(codes: Tensor, scale_zero_GN2: Tensor, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some channels at a time, and their weights w_nK in the type of the scales, transposed in memory."""
+    scale_zero_GN2 = _exact(scale_zero_GN2)
+    for part in layout.channel_tiles():
+        codes_Kn = _codes(codes[:, part], layout, 0, layout.K).to(scale_zero_GN2.dtype)
+        yield part, _scaled(codes_Kn, scale_zero_GN2[:, part], layout, 0, layout.K).T
+
+
 def _exact(scale_zero_GN2: Tensor) -> Tensor:
     return scale_zero_GN2 if scale_zero_GN2.dtype.itemsize >= 4 else scale_zero_GN2.float()
 
@@ -75,13 +86,12 @@ def _codes(packed: Tensor, layout: Layout, first: int, last: int) -> Tensor:
 
 def _scaled(codes_kN: Tensor, scale_zero_GN2: Tensor, layout: Layout, first: int, last: int) -> Tensor:
     """Return w_kN of a tile: scale * code + zero, in the type of the scales, which is also that of codes_kN."""
-    groups = layout.groups(first, last)
-    scale_kN, zero_kN = (
-        values_GN
-        if groups.stop - groups.start == 1
-        else values_GN.repeat_interleave(layout.group_size, dim=0)[: last - first]
-        for values_GN in scale_zero_GN2[groups].unbind(-1)
-    )
+    scale_GN, zero_GN = scale_zero_GN2[layout.groups(first, last)].unbind(-1)
+    G = len(scale_GN)
+    if G == 1 or len(codes_kN) == G * layout.group_size:
+        return codes_kN.unflatten(0, (G, -1)).mul(scale_GN[:, None]).add_(zero_GN[:, None]).flatten(0, 1)
+    # The last group is cut short.
+    scale_kN, zero_kN = (v.repeat_interleave(layout.group_size, dim=0)[: last - first] for v in (scale_GN, zero_GN))
     return codes_kN.mul(scale_kN).add_(zero_kN)
 
 

@@ -56,6 +56,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transcribe_.add_argument(
         "--window-seconds", type=float, default=0.0, help="decode longer audio window by window (default: all at once)"
     )
+    transcribe_.add_argument(
+        "--unpack-gb", type=float, help="memory for dense weights of a packed recogniser (default: by the machine)"
+    )
     transcribe_.add_argument("--limit", type=int, help="the first N files only")
     transcribe_.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     transcribe_.set_defaults(action=transcribe)
@@ -131,7 +134,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
         "context_alpha": arguments.context_alpha,
         "window_seconds": arguments.window_seconds,
     }
-    recogniser = load(artifact_folder(arguments.artifact))
+    recogniser = load(artifact_folder(arguments.artifact), unpack_gb=arguments.unpack_gb)
     failed = 0
     for files in _in_groups(expand(arguments.files)[: arguments.limit]):
         readable = list(_read(files, sample_rate=recogniser.sample_rate))
@@ -237,7 +240,7 @@ def parameters_by_part(folder: Path) -> dict[str, int]:
 
     counts: dict[str, int] = {}
     forms = packed_forms(folder)
-    for name, header in _tensors(folder).items():
+    for name, header in _tensors(folder, forms).items():
         matrix, _, tensor = name.rpartition(".")
         count = math.prod(header["shape"])
         if matrix in forms and tensor in PACKED_TENSORS:
@@ -254,7 +257,8 @@ def packed_lines(folder: Path) -> list[str]:
     forms = packed_forms(folder)
     if not forms:
         return []
-    sizes = {name: end - start for name, header in _tensors(folder).items() for start, end in [header["data_offsets"]]}
+    found = _tensors(folder, forms)
+    sizes = {name: end - start for name, header in found.items() for start, end in [header["data_offsets"]]}
     storage = storage_of(forms, sizes)
     lines = []
     for matrix in storage.by_pattern():
@@ -284,14 +288,25 @@ def packed_forms(folder: Path) -> dict[str, Any]:
     return forms
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
+def _tensors(folder: Path, forms: dict[str, Any]) -> dict[str, Any]:
     """Return shape and data_offsets of every tensor in an artifact's safetensors, from their headers alone.
 
-    The header is JSON behind its length, eight bytes little-endian (https://huggingface.co/docs/safetensors).
+    The header is JSON behind its length, eight bytes little-endian (https://huggingface.co/docs/safetensors). Packed
+    tensors have the names that `forms` has, which are not always those in the file: Mixtral's mlp is block_sparse_moe
+    there.
     """
+    from ...quant.storage import PACKED_TENSORS
+
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         found |= {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    named = {f"{matrix}.{tensor}" for matrix in forms for tensor in PACKED_TENSORS}
+    strange = [name for name in found.keys() - named if name.rpartition(".")[2] in PACKED_TENSORS]
+    if strange:
+        from ...quant.hf import name_in_memory  # transformers takes seconds
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found |= {name_in_memory(name, config): found.pop(name) for name in strange}
     return found

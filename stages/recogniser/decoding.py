@@ -30,6 +30,7 @@ from ..runtime.schema import all_optional, given_values
 from ..runtime.train_config import PRECISIONS, require_choice
 from ..runtime.world import World
 from .listening import hear
+from .unpacking import require_unpack_gb, unpack_recogniser
 
 AUDIO = ("own", "silence", "other")
 NO_CONTEXT = UtteranceContext("empty", "")
@@ -49,9 +50,12 @@ class DecodingConfig(StageConfig):
     precision: str = "fp32"
     concat: ConcatConfig = field(default_factory=ConcatConfig)  # decode utterances joined to long ones
     window_seconds: float = 0.0  # decode window by window (data/windows.py); 0: each utterance as a whole
+    # GB that dense weights of a packed recogniser may take beside it (unpacking.py); null is up to the machine
+    unpack_gb: float | None = None
 
     def __post_init__(self):
         require_choice("precision", self.precision, PRECISIONS)
+        require_unpack_gb(self.unpack_gb)
         require_window(self.window_seconds)
 
     def groups(self) -> list[list[str]] | None:
@@ -96,6 +100,8 @@ def load_recogniser(acllm: Artifact, cfg: DecodingConfig, world: World) -> tuple
     acllm.require(acllm_facts(model), wanted_by="what was loaded from it")
     if cfg.tell_language and not model.processor.prompts.languages:
         raise ValueError(f"tell_language: {acllm.path} was trained without prompts.languages; leave it out")
+    unpack_recogniser(model, gb=cfg.unpack_gb, processes=world.size)
+    model.record_steps()
     return model, replace(model.decode_config, **given_values(cfg.decode))
 
 

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from packed_layers import make_recogniser, pack_all
+from packed_layers import make_recogniser, pack_all, random_solution
+from safetensors.torch import load_file
 
 from seedling.launch.cli import main
 from seedling.launch.commands.artifacts import packed_forms, packed_lines, parameters_by_part
+from seedling.quant.expert_layout import PROJECTIONS, expert_layout, fused_experts
 from seedling.quant.hf import declare_packed
-from seedling.quant.packed_model import model_storage
+from seedling.quant.packed_experts import PackedExperts
+from seedling.quant.packed_model import model_storage, replace_module
 from seedling.stages.runtime.artifacts import ArtifactWriter
 
 
@@ -47,6 +50,31 @@ def test_packing_does_not_change_the_number_of_parameters(tmp_path):
     counts = parameters_by_part(tmp_path / "plain")
     assert counts == parameters_by_part(tmp_path / "packed")
     assert counts["total"] == sum(value.numel() for value in make_recogniser().state_dict().values()) - tied(model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_found_under_the_names_that_files_have(family, tmp_path):
+    model = make_recogniser(family)
+    write_artifact(tmp_path / "plain", model)
+    for name, experts in fused_experts(model).items():
+        replace_module(model, name, PackedExperts.from_solutions(experts, solutions_of(experts)))
+    declare_packed(model)
+    write_artifact(tmp_path / "packed", model)
+    in_file = load_file(tmp_path / "packed/model.safetensors")
+    assert any("block_sparse_moe" in name for name in in_file) == (family == "mixtral"), "what the test is about"
+    assert parameters_by_part(tmp_path / "packed") == parameters_by_part(tmp_path / "plain")
+    storage = model_storage(model)
+    lines = packed_lines(tmp_path / "packed")
+    assert len(lines) == 3 and any(one.startswith("llm.model.layers.*.mlp.experts.gate_up: 2 x 4x") for one in lines)
+    assert f"{storage.weights:,} weights of {storage.bits_per_weight:.3f} bits" in lines[-1]
+
+
+def solutions_of(experts) -> dict[str, list]:
+    shapes = expert_layout(experts, name="experts")
+    return {
+        projection: [random_solution(*shapes.shapes[projection], bits=2, group_size=32) for _ in range(shapes.experts)]
+        for projection in PROJECTIONS
+    }
 
 
 def tied(model) -> int:

@@ -21,6 +21,9 @@ def test_tiles_cover_every_column_once_and_hold_whole_groups_or_one(N, K, group_
         assert first % span(2, group_size) == 0
         whole = group_size != -1 and first % group_size == 0 and (last % group_size == 0 or last == K)
         assert whole or groups.stop - groups.start == 1
+    channels = [n for part in layout.channel_tiles() for n in range(N)[part]]
+    assert channels == list(range(N))
+    assert all((part.stop - part.start) * K <= 4096 for part in layout.channel_tiles())
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,24 @@ def test_the_backward_pass_forms_no_tensor_of_the_weights_size(group_size, monke
     with LargestTensor() as largest:
         gradients(*inputs(weight, n=3, dtype=torch.float32), weight)
     assert 0 < largest.elements <= tile < N * K // 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_is_never_there_as_a_whole(dtype, monkeypatch):
+    monkeypatch.setattr(layout_module, "TILE_ELEMENTS", 1 << 16)
+    weight = random_weight(1024, 1024, bits=2, group_size=64)
+    of = weight.codes, weight.scale_zero_GN2
+    with LargestTensor() as largest:
+        reference.linear(torch.randn(1, 1024, dtype=dtype), *of, None, weight.layout)
+    assert largest.elements < weight.layout.N * weight.layout.K / 3
+    with LargestTensor() as largest:
+        reference.dequantise(*of, weight.layout, dtype)
+    assert largest.elements == weight.layout.N * weight.layout.K, "the probe must see a weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_dense_weight_bit_by_bit(dtype):
+    weight = random_weight(48, 200, bits=2, group_size=64)
+    of, x = (weight.codes, weight.scale_zero_GN2), torch.randn(5, 200, dtype=dtype)
+    dense = torch.nn.functional.linear(x, reference.dequantise(*of, weight.layout, dtype))
+    assert torch.equal(reference.linear(x, *of, None, weight.layout), dense)
