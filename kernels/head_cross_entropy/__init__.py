@@ -80,7 +80,7 @@ def _check(
         )
     if bias_V is not None and bias_V.shape != weight_VL.shape[:1]:
         raise ValueError(f"{shapes}, bias {list(bias_V.shape)}: the bias must be [V]")
-    if targets_N.device.type == "cpu" and len(targets_N):
+    if targets_N.device.type == "cpu" and type(targets_N) is Tensor:  # a fake tensor has no values
         wrong_N = ((targets_N < 0) | (targets_N >= len(weight_VL))) & (targets_N != ignore_index)
         if wrong_N.any():
             at = int(wrong_N.nonzero()[0])
