@@ -12,6 +12,7 @@ Shape letters: B utterances, T positions, L LM width, N target positions, V voca
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,22 +24,24 @@ from .prompt import AnswerTargets
 class TargetLosses(NamedTuple):
     """`logits_NV` where they were asked for."""
 
-    nll_N: Tensor  # nats, float32
+    nll_N: Tensor  # nats, float32 or better
     correct_N: Tensor
     logits_NV: Tensor | None
 
 
 def target_losses(
-    llm: PreTrainedModel, embeddings_BTL: Tensor, targets: AnswerTargets, *, return_logits: bool = False
+    llm: PreTrainedModel, embeddings_BTL: Tensor, targets: AnswerTargets, *, return_logits: bool = False, **forward
 ) -> TargetLosses:
-    """Run the LM on prompts that end in their answers."""
+    """Run the LM once. A position may have several targets; `forward` are arguments of the LM beside its embeddings."""
     where = {"rows_N": targets.rows_N, "columns_N": targets.columns_N, "use_cache": False}
     head = llm.get_output_embeddings()
     if is_only_a_product(llm, head) and not return_logits:
-        hidden_NL, _ = hidden_at(llm, embeddings_BTL, **where)
+        hidden_NL, _ = hidden_at(llm, embeddings_BTL, **where, **forward)
         return TargetLosses(*head_cross_entropy(hidden_NL, head.weight, targets.tokens_N, bias_V=head.bias), None)
-    logits_NV, _ = logits_at(llm, embeddings_BTL, **where)
-    nll_N = nn.functional.cross_entropy(logits_NV.float(), targets.tokens_N, reduction="none")
+    logits_NV, _ = logits_at(llm, embeddings_BTL, **where, **forward)
+    # Sums over many words need more digits than a half-precision LM has.
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    nll_N = nn.functional.cross_entropy(wide_NV, targets.tokens_N, reduction="none")
     correct_N = logits_NV.detach().argmax(-1) == targets.tokens_N
     return TargetLosses(nll_N, correct_N, logits_NV if return_logits else None)
 
