@@ -2,7 +2,7 @@
 
 Training pads on the right: padding then lies behind every real position, where a causal LM cannot look, so that
 attention covers exactly the valid prompt without a mask and may use the fastest kernel. The loss is taken on transcript
-and end token only, and the vocabulary head runs on those positions alone.
+and end token only, and the vocabulary head runs on those positions alone (target_losses.py).
 
 The LLM may be stored in bfloat16 beside a float32 encoder; speech embeddings are cast to the LLM's type. Parameters are
 named encoder.*, converter.*, ctc_head.* and llm.* (adapters within it contain `lora_`): stages pick by these names what
@@ -35,13 +35,14 @@ from .ctc_prefix import CTCPrefixes, TokenBytes
 from .ctc_scorer import CTCGains, CTCScorer
 from .decoding import DecodeConfig, Hypothesis, StepScorer, decode
 from .features import Fbank, FeatureConfig
-from .llm import fresh_llm, has_lora, logits_at, merge_lora, token_embeddings
+from .llm import fresh_llm, has_lora, merge_lora, token_embeddings
 from .llm_scorer import llm_scorer
 from .processor import AudioLLMProcessor
 from .prompt import PromptConfig, PromptTokens, answer_targets, lay_out, place_speech
 from .sampling import sample
 from .speech_encoder import speech_encoder_facts
 from .static_step import CudaGraphs, StaticScorer, StaticSteps, takes_graphs
+from .target_losses import target_losses
 
 
 class SpeechOutput(NamedTuple):
@@ -274,30 +275,22 @@ class AudioLLM(AssembledModel):
         """
         speech = self.encode_speech(waveforms, lengths)
         embeddings_BTL, prompt_lengths = self.embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
-        logits_NV, targets_N, rows_N = self._target_logits(embeddings_BTL, prompt_lengths, transcripts_ids)
-        nll_N = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        device, end = embeddings_BTL.device, self.prompt_tokens.end
+        targets = answer_targets(prompt_lengths, transcripts_ids, end=end, device=device)
+        losses = target_losses(self.llm, embeddings_BTL, targets, return_logits=return_logits)
         ctc = None
         if ctc_targets is not None:
             ctc = self._ctc_loss(speech.encoder_BTD, speech.encoder_lengths_B, ctc_targets)
         return AudioLLMOutput(
-            loss_sum=nll_N.sum(),
-            count=len(targets_N),
-            nll_N=nll_N,
-            rows_N=rows_N,
-            correct=(logits_NV.detach().argmax(-1) == targets_N).sum(),
+            loss_sum=losses.nll_N.sum(),
+            count=len(targets.tokens_N),
+            nll_N=losses.nll_N,
+            rows_N=targets.rows_N,
+            correct=losses.correct_N.sum(),
             ctc=ctc,
-            logits_NV=logits_NV if return_logits else None,
+            logits_NV=losses.logits_NV,
             speech=speech,
         )
-
-    def _target_logits(
-        self, embeddings_BTL: Tensor, lengths: list[int], transcripts_ids: list[list[int]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        targets = answer_targets(lengths, transcripts_ids, end=self.prompt_tokens.end, device=embeddings_BTL.device)
-        logits_NV, _ = logits_at(
-            self.llm, embeddings_BTL, rows_N=targets.rows_N, columns_N=targets.columns_N, use_cache=False
-        )
-        return logits_NV, targets.tokens_N, targets.rows_N
 
     def ctc_loss(self, waveforms_BN: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:
         """Return the CTC head's loss alone: neither converter nor LLM runs."""

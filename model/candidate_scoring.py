@@ -6,10 +6,11 @@ one row behind one prompt, so that the prompt and every common beginning are com
     prompt | turn on the light off      "turn on the light", "turn off" and "turn on"
            |  0   1   2    3    4       4 sees the prompt, 0 and itself, and has the position of 1
 
-LLMs that cannot take such a mask (`takes_trees`) get a row for each candidate, with a prompt of its own.
+LLMs that cannot take such a mask (`takes_trees`) get a row for each candidate, with a prompt of its own. The head runs
+once for each branch, and so twice where two tokens follow a node: as losses of targets its logits need not be kept.
 
 Shape letters: B utterances, R rows of the LLM, T columns of a row, or tokens of a candidate, M candidates of all
-utterances, N nodes that predict, E branches, L LLM width, V vocabulary.
+utterances, N nodes that predict, E branches, L LLM width.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from .audio_llm import AudioLLM, SpeechOutput
 from .decoding import Hypothesis
-from .llm import logits_at
 from .llm_scorer import attention_mask, takes_trees
+from .prompt import AnswerTargets
+from .target_losses import target_losses
 
 PROMPT = -1  # the node before a tree's first one: the last position of the prompt
 
@@ -64,17 +66,15 @@ def score_candidates(
         rows = [(b, TokenTree([one])) for b, of_one in enumerate(spelled) for one in of_one]
     # Without any candidates the LLM still runs, or ranks that have some would wait for this one's part of its weights.
     rows = rows or [(0, TokenTree([]))]
-    logits_NV = _logits(model, speech, rows, contexts_ids, languages)
-    # Sums over many tokens need more digits than a half-precision LLM has.
-    log_probs_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(-1)
     branches, taken = _joined([tree for _, tree in rows])
     node_E, token_E = torch.tensor(branches, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+    log_probs_E = _log_probs(model, speech, rows, contexts_ids, languages, node_E=node_E, token_E=token_E)
     longest = max(map(len, taken), default=0)
     branch_MT = torch.tensor([t + [-1] * (longest - len(t)) for t in taken], dtype=torch.long, device=device)
     branch_MT = branch_MT.view(len(taken), longest)
     mask_MT = branch_MT >= 0
     return Scored(
-        log_probs_MT=log_probs_NV[node_E, token_E][branch_MT].masked_fill(~mask_MT, 0.0),
+        log_probs_MT=log_probs_E[branch_MT].masked_fill(~mask_MT, 0.0),
         mask_MT=mask_MT,
         owner_M=torch.tensor([b for b, of_one in enumerate(candidates) for _ in of_one], dtype=torch.long).to(device),
     )
@@ -123,14 +123,17 @@ class TokenTree:
         return seen_NN
 
 
-def _logits(
+def _log_probs(
     model: AudioLLM,
     speech: SpeechOutput,
     rows: list[tuple[int, TokenTree]],
     contexts_ids: list[list[int] | None] | None,
     languages: list[str | None] | None,
+    *,
+    node_E: Tensor,
+    token_E: Tensor,
 ) -> Tensor:
-    """Return logits_NV behind each row's prompt and behind each of its nodes, row by row."""
+    """Return log_probs_E of each branch's token; nodes count row by row, a row's prompt before its nodes."""
     owners, trees, device = [b for b, _ in rows], [tree for _, tree in rows], speech.speech_BSL.device
     embeddings_RTL, lengths = model.embed(
         speech.of(torch.tensor(owners, device=device)),
@@ -142,8 +145,8 @@ def _logits(
     predicting = [(row, column) for row, start in enumerate(prompts) for column in range(start - 1, lengths[row])]
     row_N, column_N = torch.tensor(predicting, device=device).unbind(1)
     branching = {} if all(tree.is_chain for tree in trees) else _branching(model, trees, prompts, like=embeddings_RTL)
-    logits_NV, _ = logits_at(model.llm, embeddings_RTL, rows_N=row_N, columns_N=column_N, use_cache=False, **branching)
-    return logits_NV
+    targets = AnswerTargets(row_N[node_E], column_N[node_E], token_E)
+    return -target_losses(model.llm, embeddings_RTL, targets, **branching).nll_N
 
 
 def _branching(model: AudioLLM, trees: list[TokenTree], prompts: list[int], *, like: Tensor) -> dict[str, Tensor]:

@@ -101,6 +101,14 @@ def head_is_plain(llm: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in (None, 1, 1.0) for name in LOGIT_SETTINGS)
 
 
+def hidden_at(
+    llm: PreTrainedModel, embeddings_BTL: Tensor, *, rows_N: Tensor, columns_N: Tensor, **forward
+) -> tuple[Tensor, Cache | None]:
+    """Return hidden_NL, what the head sees at positions (rows_N, columns_N), and the LM's cache."""
+    out = llm.get_decoder()(inputs_embeds=embeddings_BTL, **forward)
+    return out.last_hidden_state[rows_N, columns_N], out.past_key_values
+
+
 def logits_at(
     llm: PreTrainedModel, embeddings_BTL: Tensor, *, rows_N: Tensor, columns_N: Tensor, **forward
 ) -> tuple[Tensor, Cache | None]:
@@ -110,9 +118,10 @@ def logits_at(
     of instruction and speech that have no target.
     """
     if head_is_plain(llm):
-        out, head = llm.get_decoder()(inputs_embeds=embeddings_BTL, **forward), llm.get_output_embeddings()
+        head = llm.get_output_embeddings()
         assert head is not None, f"{type(llm).__name__} is no causal LM: it has no head"
-        return head(out.last_hidden_state[rows_N, columns_N]), out.past_key_values
+        hidden_NL, cache = hidden_at(llm, embeddings_BTL, rows_N=rows_N, columns_N=columns_N, **forward)
+        return head(hidden_NL), cache
     # A soft cap or a scale follows the head: let the LM do it, over every column that any utterance needs.
     kept_K, place_N = columns_N.unique(return_inverse=True)
     out = llm(inputs_embeds=embeddings_BTL, logits_to_keep=kept_K, **forward)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .llm import logits_at, token_embeddings
+from .llm import token_embeddings
 from .prompt import PromptTokens, answer_targets, lay_out, place_speech
+from .target_losses import target_losses
 
 
 @dataclass
@@ -216,10 +217,7 @@ class RepeatingLM(nn.Module):
             speech_lengths_B=torch.tensor(speech_lengths, device=device),
         )
         targets = answer_targets(layout.lengths, sentences, end=self.prompt_tokens.end, device=device)
-        logits_NV, _ = logits_at(
-            self.llm, embedded_BTL, rows_N=targets.rows_N, columns_N=targets.columns_N, use_cache=False
-        )
-        nll_N = nn.functional.cross_entropy(logits_NV.float(), targets.tokens_N, reduction="none")
+        nll_N = target_losses(self.llm, embedded_BTL, targets).nll_N
         unclear = [is_unclear for s, how in zip(sentences, heard) for is_unclear in _targets_of(s, how)]
         return nll_N, torch.tensor(unclear, device=device)
 
