@@ -55,18 +55,22 @@ class Compiled(NamedTuple):
         return min(by_registers, shared // (self.shared_bytes + 1024), 64 // self.warps, 32)
 
 
-def compile_calls(calls: Sequence[Call], *, capability: int) -> list[list[Compiled]]:
-    """Return, for each call, what it launches on a GPU of this compute capability (90: Hopper), in order.
+Launches = list[Compiled]  # of one call, in order
+
+
+def compile_calls(calls: Sequence[Call], *, capabilities: Sequence[int] = (80, 90, 100)) -> dict[int, list[Launches]]:
+    """Return by compute capability (90: Hopper) what each call launches on such a GPU.
 
     ValueError where triton, one of its tools or the capability is missing; what a call or the compiler raises comes
     through as it is, triton's OutOfResources where a block needs more shared memory than the device has included.
     """
-    if capability not in SHARED_BYTES:
-        raise ValueError(f"compute capability {capability} is not known here; use one of {sorted(SHARED_BYTES)}")
+    for capability in capabilities:
+        if capability not in SHARED_BYTES:
+            raise ValueError(f"compute capability {capability} is not known here; use one of {sorted(SHARED_BYTES)}")
     cuobjdump()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_compile_for_real) as pool:
-        return pool.submit(_compile_here, list(calls), capability).result()
+        return {it: pool.submit(_compile_here, list(calls), it).result() for it in capabilities}
 
 
 def cuobjdump() -> str:
@@ -87,7 +91,7 @@ def _compile_for_real() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _compile_here(calls: list[Call], capability: int) -> list[list[Compiled]]:
+def _compile_here(calls: list[Call], capability: int) -> list[Launches]:
     """Run the calls in this process, with a target in the place of a device."""
     from triton import knobs
     from triton.runtime import driver
@@ -95,12 +99,15 @@ def _compile_here(calls: list[Call], capability: int) -> list[list[Compiled]]:
     target = Target(capability)
     driver.set_active(target)
     knobs.runtime.kernel_load_end_hook.add(target.loaded)
-    found = []
-    for function, args, kwargs in calls:
-        target.launches = []
-        function(*args, **kwargs)
-        found.append([_read(launch, capability) for launch in target.launches])
-    return found
+    try:
+        found = []
+        for function, args, kwargs in calls:
+            target.launches = []
+            function(*args, **kwargs)
+            found.append([_read(launch, capability) for launch in target.launches])
+        return found
+    finally:
+        knobs.runtime.kernel_load_end_hook.remove(target.loaded)
 
 
 class Binary(NamedTuple):
