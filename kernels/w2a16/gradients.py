@@ -28,35 +28,33 @@ SCRATCH_BYTES = 16 << 20  # of decoded weights: a third of the L2 cache of an H1
 
 @triton.jit
 def scale_zero_gradient_kernel(
-    x_ptr, dy_ptr, codes_ptr, sums_ptr, M, N, K,
-    x_stride, dy_stride,
+    x_ptr, dy_ptr, codes_ptr, sums_ptr, M, N, K, x_stride, dy_stride,
     BITS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Store, for each plane of one span and BN channels, the sums over its columns of dW * code and of dW."""
     PLANES: tl.constexpr = P // R
-    first = tl.program_id(0) * P
-    k_P = first + tl.arange(0, P)
+    k_P = tl.program_id(0) * P + tl.arange(0, P)
     n_N = tl.program_id(1) * BN + tl.arange(0, BN)
     m_M = tl.arange(0, BM)
-    dweight_PN = tl.zeros([P, BN], tl.float32)
+    dweight_NP = tl.zeros([BN, P], tl.float32)
     for row in range(0, M, BM):
-        m = row + m_M
-        x_MP = tl.load(x_ptr + m[:, None].to(tl.int64) * x_stride + k_P[None, :],
-                       mask=(m[:, None] < M) & (k_P[None, :] < K), other=0.0)  # fmt: skip
-        dy_MN = tl.load(dy_ptr + m[:, None].to(tl.int64) * dy_stride + n_N[None, :],
-                        mask=(m[:, None] < M) & (n_N[None, :] < N), other=0.0)  # fmt: skip
-        dweight_PN = tl.dot(tl.trans(x_MP), dy_MN, dweight_PN, input_precision="ieee")
-    column = tl.arange(0, P)[:, None]
-    byte_row = tl.program_id(0).to(tl.int64) * R + column % R
-    bytes_PN = tl.load(codes_ptr + byte_row * N + n_N[None, :], mask=n_N[None, :] < N, other=0).to(tl.int32)
-    codes_PN = (bytes_PN >> (column // R * BITS)) & (2**BITS - 1)
-    dscale_LN = tl.sum(tl.reshape(dweight_PN * codes_PN.to(tl.float32), (PLANES, R, BN)), 1)
-    dzero_LN = tl.sum(tl.reshape(dweight_PN, (PLANES, R, BN)), 1)
-    plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[:, None]
-    at_LN = (plane.to(tl.int64) * N + n_N[None, :]) * 2
-    kept = (plane * R < K) & (n_N[None, :] < N)
-    tl.store(sums_ptr + at_LN, dscale_LN, mask=kept)
-    tl.store(sums_ptr + at_LN + 1, dzero_LN, mask=kept)
+        m = (row + m_M)[:, None]
+        dy_MN = tl.load(dy_ptr + m.to(tl.int64) * dy_stride + n_N, mask=(m < M) & (n_N < N), other=0)
+        x_MP = tl.load(x_ptr + m.to(tl.int64) * x_stride + k_P, mask=(m < M) & (k_P < K), other=0)
+        dweight_NP = tl.dot(tl.trans(dy_MN), x_MP, dweight_NP, input_precision="ieee")
+    # Columns lie along the right operand: a thread has 16 of a plane's 64, and three others of its warp have the rest.
+    dweight_NLR = tl.reshape(dweight_NP, (BN, PLANES, R))
+    byte_row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    bytes_NR = tl.load(codes_ptr + byte_row[None, :] * N + n_N[:, None], mask=(n_N < N)[:, None], other=0)
+    planes = tl.arange(0, PLANES)
+    codes_NLR = bytes_NR.to(tl.int32)[:, None, :] >> (planes * BITS)[None, :, None] & 2**BITS - 1
+    dscale_NL = tl.sum(dweight_NLR * codes_NLR.to(tl.float32), 2)
+    dzero_NL = tl.sum(dweight_NLR, 2)
+    planes += tl.program_id(0) * PLANES
+    at_NL = sums_ptr + (planes.to(tl.int64)[None, :] * N + n_N[:, None]) * 2
+    kept = (planes * R < K)[None, :] & (n_N < N)[:, None]
+    tl.store(at_NL, dscale_NL, mask=kept)
+    tl.store(at_NL + 1, dzero_NL, mask=kept)
 
 
 def scale_zero_gradient(x_MK: Tensor, dy_MN: Tensor, codes: Tensor, *, bits: int, group_size: int) -> Tensor:
@@ -66,7 +64,7 @@ def scale_zero_gradient(x_MK: Tensor, dy_MN: Tensor, codes: Tensor, *, bits: int
     P, R = span(bits, group_size), plane_columns(group_size)
     planes = triton.cdiv(K, R)
     sums_LN2 = torch.empty(planes, N, 2, dtype=torch.float32, device=x_MK.device)
-    BM, BN, warps, stages = (32, 128, 8, 4) if x_MK.dtype.itemsize == 2 else (16, 32, 4, 2)
+    BM, BN, warps, stages = (64, 128, 8, 3) if x_MK.dtype.itemsize == 2 else (16, 32, 4, 2)
     scale_zero_gradient_kernel[(triton.cdiv(K, P), triton.cdiv(N, BN))](
         x_MK, dy_MN, codes, sums_LN2, M, N, K, x_MK.stride(0), dy_MN.stride(0),
         BITS=bits, P=P, R=R, BM=BM, BN=BN, num_warps=warps, num_stages=stages,
