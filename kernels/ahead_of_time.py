@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from .machine_code import Instruction, instructions_of
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of one block, by compute capability
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, H100 or H200, B200
 REGISTERS = 65_536  # of one multiprocessor, on all of them
 
 
@@ -152,7 +153,8 @@ class Target:
         return torch.device("meta")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES[self.capability]}
+        shared, processors = SHARED_BYTES[self.capability], MULTIPROCESSORS[self.capability]
+        return {"max_shared_mem": shared, "multiprocessor_count": processors}
 
     def load_binary(self, name: str, cubin: bytes, shared_bytes: int, device: int):
         """Return module, function, registers, spills and threads of a block; a binary is its own handle."""
