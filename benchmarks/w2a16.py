@@ -228,7 +228,8 @@ def measure(args: argparse.Namespace) -> None:
     args.implementations = implementations()
     copy, provenance = copy_bandwidth(rounds=args.rounds), provenance_of(args)
     print(f"{provenance['gpu']}: a copy of 1 GB moves {copy / 1e12:.2f} TB/s; share is of that")
-    print(f"{'M':>6} {'K':>6} {'N':>6}  {'impl':9}{'us':>10}{'spread':>8}{'GB/s':>8}{'share':>8}{'ratio':>8}  must / target")
+    head = f"{'M':>6} {'K':>6} {'N':>6}  {'impl':9}{'us':>10}{'spread':>8}{'GB/s':>8}{'share':>8}{'ratio':>8}"
+    print(f"{head}  must / target")
     rows = []
     with open(args.out / "w2a16.jsonl", "a", encoding="utf-8") as file:
         for K, N in SHAPES[:: 3 if args.quick else 1]:

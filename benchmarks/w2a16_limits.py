@@ -5,11 +5,9 @@ loop: integer instructions (decoding) and instructions issued at all. Rates are 
 Shape letters: M positions, K input channels, N output channels.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from seedling.kernels.ahead_of_time import Compiled
-from seedling.kernels.machine_code import Instruction, Unit, busiest_loop, by_unit
+from seedling.kernels.machine_code import Unit
 
 BATCHES = (1, 4, 16, 64, 256, 4096)
 SHAPES = ((4096, 4096), (4096, 11008), (4096, 14336), (8192, 28672))  # K, N
@@ -22,7 +20,6 @@ AIMS = {
     256: ((0.7, 0.9), (0.75, 0.9), (0.75, 0.9)),
     4096: ((0.85, 0.93), (0.9, 0.95), (0.9, 0.96)),
 }
-DECODED = ("LOP3", "PRMT")  # what the loop over the weights has most of
 
 
 def aims(M: int, K: int, N: int) -> tuple[float, float] | None:
@@ -72,20 +69,6 @@ class Decode(NamedTuple):
     convert: float
     issued: float  # instructions of any kind
     tokens: int  # positions that share a decoded weight
-
-
-def decode_of(compiled: Compiled, *, weights: int, tokens: int) -> Decode:
-    """Return instructions a weight; `weights` are those that a block decodes in an iteration of its loop."""
-    loop = hot_loop(compiled)
-    units = by_unit(loop)
-    threads = 32 * compiled.warps
-    each = [threads * found / weights for found in (units[Unit.INTEGER], units[Unit.CONVERT], len(loop))]
-    return Decode(*each, tokens=tokens)
-
-
-def hot_loop(compiled: Compiled) -> Sequence[Instruction]:
-    """Return the loop that decodes."""
-    return busiest_loop(compiled.instructions, *DECODED)
 
 
 class Bounds(NamedTuple):

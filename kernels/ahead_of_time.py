@@ -79,7 +79,9 @@ def cuobjdump() -> str:
     try:
         from triton import knobs
     except ImportError:
-        raise ValueError("compiling kernels needs triton, which is not installed: pip install 'seedling[gpu]'") from None
+        raise ValueError(
+            "compiling kernels needs triton, which is not installed: pip install 'seedling[gpu]'"
+        ) from None
     try:
         return knobs.nvidia.cuobjdump.path
     except RuntimeError as error:

@@ -6,7 +6,7 @@
 
 dW would be as large as the weight in 16 bits. Here a block makes a tile of it, of one span of columns and some
 channels, in registers; multiplies it with its codes; and stores two sums a plane and channel. A plane lies within a
-group, so that what is left is to add planes: in a fixed order, hence deterministic, and for groups of one plane nothing.
+group, so that what is left is to add planes, in a fixed order: equal calls have equal results.
 
 For dx the weight is decoded a chunk of columns at a time into scratch memory that stays in the L2 cache, and multiplied
 by the library: [M, N] x [N, k].

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import toy_kernels
+
 from seedling.kernels import ahead_of_time
 from seedling.kernels.ahead_of_time import Call, compile_calls
 from seedling.kernels.machine_code import busiest_loop, count
