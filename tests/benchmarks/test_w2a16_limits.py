@@ -1,7 +1,6 @@
 """The roofline is that of the specification, and its edges are those of the machine."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
