@@ -1,0 +1,149 @@
+"""From packed bytes to what a tensor core multiplies, in registers: no shared memory, no conversion of integers.
+
+A tensor core takes the codes of one channel in pairs of neighbouring columns; the bytes of kernels/w2a16/packing.py lie
+channel by channel. Four loads, of four rows each apart by steps that the layout of the matrix instruction dictates,
+give a thread four bytes of each of V neighbouring channels; eight byte permutations turn four such registers into four
+words, each with four rows of one channel. From there one `lop3` gives two numbers: with the exponent of a power of two
+put over it, a code in the low bits of a mantissa is `base + 2^field * code`, exactly, for base 128 in bfloat16 and 1024
+in float16. What multiplies them takes `base` out again, with the sum of the activations.
+
+A tile of words is cut so that each thread's words become its operand by renaming registers: the compiled kernels have
+no shuffle and no shared memory between load and product. Integer instructions per weight at 2 bits: 8 of 64 for words,
+8 of 16 for fields, 3 or 4 of 16 for shifts.
+
+Shape letters of a tile of words: H blocks of 16 rows, W warps, 8 and 4 the lanes of a warp, V channels that a thread
+loads at once. A slab is one plane of the tile, [channels, R] or, where each warp has rows of its own, [W, channels, R].
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def base_of(dtype, fast):
+    """Return what a decoded number has on top of its code: the power of two whose mantissa ends at 1; 0 on the plain path."""
+    if not fast:
+        return 0
+    return 1024 if dtype == tl.float16 else 128
+
+
+@triton.constexpr_function
+def field_of(plane, bits, dtype, fast):
+    """Return the bit of a mantissa that a plane's codes are read at: where that saves a shift, else high, for exactness."""
+    if not fast:
+        return 0
+    if dtype == tl.float16:  # ten bits; at most 64 is added to a code of 2 bits, at most 16 to one of 4
+        return min(4 + 2 * plane, 8) if bits == 2 else 6
+    return 2 * (plane % 3) if bits == 2 else 0  # seven bits: the fourth plane of 2 bits, the second of 4 do not fit
+
+
+@triton.constexpr_function
+def added(plane, bits, dtype, fast):
+    """Return what is added to a code, in units of a code."""
+    return base_of(dtype, fast) / 2 ** field_of(plane, bits, dtype, fast)
+
+
+@triton.constexpr_function
+def unit_of(plane, bits, dtype, fast):
+    """Return 2^-field: a code's 1 in units of what is decoded."""
+    return 1 / 2 ** field_of(plane, bits, dtype, fast)
+
+
+@triton.constexpr_function
+def _field_asm(bits, field, base):
+    mask, exponent = (2**bits - 1 << field) * 0x00010001, {128: 0x43004300, 1024: 0x64006400}[base]
+    # 0xea is (a & b) | c.
+    return f"{{ .reg .b32 t; lop3.b32 t, $2, {mask:#x}, {exponent:#x}, 0xea; mov.b32 {{$0, $1}}, t; }}"
+
+
+@triton.constexpr_function
+def row_step(width):
+    """Return how far apart the two pairs of rows of a word are; `width` neighbouring columns belong to one lane."""
+    return 8 if width == 2 else 2
+
+
+@triton.jit
+def tile_rows(R: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the first row of each word [H, 1, 1, 4, 1]; its others are 1, row_step and row_step + 1 further."""
+    block = tl.arange(0, R // 16)[:, None, None, None, None]
+    lane = tl.arange(0, 4)[None, None, None, :, None]
+    if WIDTH == 2:
+        return block * 16 + lane * 2
+    return block // 2 * 32 + lane * 8 + block % 2 * 4
+
+
+@triton.jit
+def tile_channels(V: tl.constexpr):
+    """Return the channel of each word [1, 1, 8, 1, V]."""
+    return tl.arange(0, 8)[None, None, :, None, None] * V + tl.arange(0, V)[None, None, None, None, :]
+
+
+@triton.jit
+def load_words(rows_ptr, offsets, mask, N, WIDTH: tl.constexpr, FAST: tl.constexpr):
+    """Return int32 words: of one channel the rows r, r + step, r + 1, r + step + 1, from the lowest byte up."""
+    step: tl.constexpr = row_step(WIDTH)
+    # Each byte is read once: it should not displace activations from the caches.
+    a = tl.load(rows_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    b = tl.load(rows_ptr + step * N + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    c = tl.load(rows_ptr + N + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    d = tl.load(rows_ptr + (step + 1) * N + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    if FAST:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 ab0, ab1, cd0, cd1;
+            prmt.b32 ab0, $4, $5, 0x5140; prmt.b32 ab1, $4, $5, 0x7362;
+            prmt.b32 cd0, $6, $7, 0x5140; prmt.b32 cd1, $6, $7, 0x7362;
+            prmt.b32 $0, ab0, cd0, 0x5410; prmt.b32 $1, ab0, cd0, 0x7632;
+            prmt.b32 $2, ab1, cd1, 0x5410; prmt.b32 $3, ab1, cd1, 0x7632; }""",
+            "=r,=r,=r,=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    return a.to(tl.int32) | b.to(tl.int32) << 8 | c.to(tl.int32) << 16 | d.to(tl.int32) << 24
+
+
+@triton.jit
+def _pair(word, BIT: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """Return the numbers of rows r and r + 1 whose codes begin at bits BIT and 16 + BIT."""
+    if FAST:
+        shifted = word >> BIT - FIELD if BIT >= FIELD else word << FIELD - BIT
+        return tl.inline_asm_elementwise(
+            _field_asm(BITS, FIELD, base_of(DTYPE, FAST)),
+            "=h,=h,r",
+            [shifted],
+            dtype=(DTYPE, DTYPE),
+            is_pure=True,
+            pack=1,
+        )
+    mask: tl.constexpr = 2**BITS - 1
+    return (word >> BIT & mask).to(DTYPE), (word >> BIT + 16 & mask).to(DTYPE)
+
+
+@triton.jit
+def decode_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """Return [H, W, 8, 4, V, 2, 2]: base + 2^field * code of one plane; then row 0 or 1, then 0 or row_step."""
+    field: tl.constexpr = field_of(PLANE, BITS, DTYPE, FAST)
+    near_0, near_1 = _pair(word, BITS * PLANE, field, BITS, DTYPE, FAST)
+    far_0, far_1 = _pair(word, 8 + BITS * PLANE, field, BITS, DTYPE, FAST)
+    return tl.join(tl.join(near_0, near_1), tl.join(far_0, far_1))
+
+
+@triton.jit
+def slab_of_warps(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr):
+    """Return [W, 8 V, R] of a tile whose warps have rows of their own; channels in the order of `in_tile_order`."""
+    if WIDTH == 2:
+        values = values.reshape([R // 16, W, 8, 4, V, 2, 2]).permute(1, 4, 2, 0, 6, 3, 5)
+    else:
+        values = values.reshape([R // 32, 2, W, 8, 4, V, 2, 2]).permute(2, 5, 3, 0, 4, 1, 7, 6)
+    return values.reshape([W, 8 * V, R])
+
+
+@triton.jit
+def slab(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr):
+    """Return [8 W V, R] of a tile whose warps have channels of their own; channels in the order of `in_tile_order`."""
+    if WIDTH == 2:
+        values = values.reshape([R // 16, W, 8, 4, V // 2, 2, 2, 2]).permute(4, 1, 5, 2, 0, 7, 3, 6)
+    else:
+        values = values.reshape([R // 32, 2, W, 8, 4, V // 2, 2, 2, 2]).permute(5, 2, 6, 3, 0, 4, 1, 8, 7)
+    return values.reshape([8 * W * V, R])
