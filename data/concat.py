@@ -93,9 +93,18 @@ class GroupedCorpus:
     def shards(self) -> list[Path]:
         return self.corpus.shards
 
+    @property
+    def places(self) -> list:
+        return self.corpus.places
+
     @cached_property
+    def rows_S(self) -> np.ndarray:
+        """Groups of each shard: their indexes are all read once."""
+        return np.array([len(self.index(shard)) for shard in range(len(self.shards))], dtype=np.int64)
+
+    @property
     def num_utterances(self) -> int:
-        return sum(len(self.index(shard)) for shard in range(len(self.shards)))
+        return int(self.rows_S.sum())
 
     @cached_property
     def fingerprint(self) -> str:
