@@ -8,12 +8,14 @@ change is said at once. Ranges above PIECE are read in pieces: a torn connection
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+SHARD_LIST = "shards.npy"  # in a folder of shards: what is in it (shard_list.py)
 PIECE = 8 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 TRANSIENT_STATUS = (408, 425, 429)  # and all from 500
@@ -21,6 +23,10 @@ TRANSIENT_STATUS = (408, 425, 429)  # and all from 500
 
 class HostError(ValueError):
     """A server that cannot be read from: whatever else is asked of it will fail too, so it ends the run."""
+
+
+class BadAnswer(Exception):
+    """An answer that is not what was asked for; the next one may be."""
 
 
 class RangeIgnored(Exception):
@@ -57,15 +63,22 @@ class Host:
             def attempt(start: int = start, length: int = length) -> bytes:
                 found = self._cat(url, start=start, end=start + length)
                 if len(found) != length:
-                    raise TimeoutError(f"it sent {len(found)} of {length} bytes at {start}")
+                    raise BadAnswer(f"it sent {len(found)} of {length} bytes at {start}")
                 return found
 
             pieces.append(self._patiently(url, attempt))
         return b"".join(pieces)
 
-    def read_file(self, url: str) -> bytes:
-        """Return all bytes of a file. Raises HostError or FileNotFoundError."""
-        return self._patiently(url, lambda: self._cat(url))
+    def read_file(self, url: str, *, digest: bytes = b"") -> bytes:
+        """Return all bytes of a file, those with the sha256 `digest` if given. Raises HostError, FileNotFoundError."""
+
+        def attempt() -> bytes:
+            content = self._cat(url)
+            if digest and hashlib.sha256(content).digest() != digest:
+                raise BadAnswer(f"it sent {len(content)} bytes that are not the file which {SHARD_LIST} lists")
+            return content
+
+        return self._patiently(url, attempt)
 
     def _patiently(self, url: str, attempt: Callable[[], bytes]) -> bytes:
         started, tries = time.monotonic(), self.patience.tries
@@ -173,7 +186,7 @@ def _may_pass(error: Exception) -> bool:
     if names & {"aiohttp.ClientConnectorCertificateError", "aiohttp.InvalidURL"}:
         return False
     network = {"aiohttp.ClientError", "botocore.HTTPClientError", "botocore.ConnectionError"}
-    return bool(names & network) or isinstance(error, (OSError, asyncio.TimeoutError))
+    return bool(names & network) or isinstance(error, (BadAnswer, OSError, asyncio.TimeoutError))
 
 
 def _said(error: BaseException) -> str:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .host import SHARD_LIST, HostError
 from .remote import RemotePath
 from .whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
-SHARD_LIST = "shards.npy"
 WRITE_IT = "run `seedling index {} --list-only`"
 
 
@@ -89,6 +89,8 @@ def read_shard_list(folder: Path | RemotePath) -> np.ndarray | None:
                 "`seedling index FOLDER` write it: upload it with them"
             ) from None
         return None
+    except HostError:
+        raise
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not a list of shards ({error}); {WRITE_IT.format(folder)}") from None
     if rows.dtype.names != entries_dtype(1).names:

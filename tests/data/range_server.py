@@ -1,4 +1,4 @@
-"""A small HTTP server with ranges: it serves a folder, notes what it was asked for, and a test can spoil its answers."""
+"""A small HTTP server with ranges: it serves a folder, notes what is asked, and a test can spoil its answers."""
 
 from __future__ import annotations
 

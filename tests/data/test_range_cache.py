@@ -1,4 +1,4 @@
-"""The cache of ranges: what is put in comes out or nothing does, and no number of processes or kills breaks its bound."""
+"""The cache of ranges: what is put in comes out or nothing does; no number of processes or kills breaks its bound."""
 
 import multiprocessing
 import os
