@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,9 @@ class GroupedCorpus:
         limits = [self.plan.min_seconds, self.plan.max_tokens, self.require_text]
         parts = [VERSION, self.corpus.fingerprint, asdict(self.cfg), self.seed, limits]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def expect(self, shards: Sequence[int]) -> None:
+        self.corpus.expect([shard for shard in shards if shard not in self._groups])
 
     def index(self, shard: int) -> np.ndarray:
         """Return a row per group, with what a plan reads of an utterance: lengths and characters are sums."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import AudioError, audio_info
-from .host import HostError
+from .host import SHARD_LIST, HostError
 from .parallel import advance, over_shards
 from .remote import RemoteConfig, RemotePath, located
 from .shard_list import WRITE_IT, ShardEntry, as_array, read_shard_list, write_shard_list
@@ -145,7 +145,9 @@ def _mapped(path: Path | RemotePath, mtime_ns: int, size: int, digest: bytes) ->
     if isinstance(path, RemotePath):
         return path.store.map_array(path, digest=digest)
     if digest and hashlib.sha256(path.read_bytes()).digest() != digest:
-        raise ValueError(f"it has changed since shards.npy was written, which {WRITE_IT.format('FOLDER')} mends")
+        raise MissingIndex(
+            f"{path}: has changed since {SHARD_LIST} was written; {WRITE_IT.format('FOLDER')} on its folder"
+        )
     return np.load(path, mmap_mode="r")
 
 
@@ -161,7 +163,7 @@ def read_index(tar_path: str | Path | RemotePath, *, digest: bytes = b"") -> np.
         rows = _mapped(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, digest)
     except FileNotFoundError:
         raise MissingIndex(f"{tar_path}: no index beside it; {way_out}") from None
-    except HostError:
+    except (HostError, MissingIndex):
         raise
     except (ValueError, EOFError) as error:
         raise MissingIndex(f"{path}: not an index; {way_out} ({error})") from None
@@ -278,8 +280,7 @@ class Corpus:
         if not given:
             raise ValueError("a corpus needs at least one folder with shards, and none was given")
         corpus = cls([_open(path) for path in given])
-        names = corpus.shards.identities()
-        if len(set(names)) < len(names):
+        if corpus.shards.some_twice():
             raise ValueError(
                 f"the same shard is listed twice in {[str(path) for path in given]}; name each folder once"
             )
@@ -288,6 +289,13 @@ class Corpus:
     def index(self, shard: int) -> np.ndarray:
         """The rows of one shard (mapped, read only)."""
         return read_index(self.shards[shard], digest=self.shards.digest(shard))
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Begin to fetch those indexes that lie on a server: they will be asked for next."""
+        paths = {shard: path for shard in shards if isinstance(path := self.shards[shard], RemotePath)}
+        for store in {path.store for path in paths.values()}:
+            own = [shard for shard, path in paths.items() if path.store is store]
+            store.start_files({index_path(paths[shard]): self.shards.digest(shard) for shard in own})
 
     def members(self, shard: int, row: int) -> np.ndarray:
         """The index rows that make up one row of the plan: here itself (concat.py joins several)."""
@@ -298,7 +306,7 @@ class Corpus:
         """Where its shards lie, a shard of each folder: enough to tell a server from a disk."""
         return self.shards.places
 
-    @property
+    @cached_property
     def rows_S(self) -> np.ndarray:
         """Utterances of each shard, int64 [S]."""
         return self.shards.column("utterances")

@@ -152,6 +152,7 @@ class RemoteStore:
         self.cache = RangeCache(folder, limit=int(cfg.cache_gigabytes * 1e9))
         self._threads = ThreadPoolExecutor(cfg.connections, thread_name_prefix="fetch")
         self._started: dict[RemotePath, dict[Range, Future]] = defaultdict(dict)
+        self._files: dict[RemotePath, Future] = {}
 
     def read(self, path: RemotePath, *, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes. Raises HostError, FileNotFoundError, or ValueError where the file ends before.
@@ -177,8 +178,16 @@ class RemoteStore:
             if not self._started[each.path]:
                 del self._started[each.path]
 
+    def start_files(self, digests: dict[RemotePath, bytes]) -> None:
+        """Begin to fetch whole files, by path the sha256 that each must have; those of the call before are let go."""
+        self._files = {path: self._threads.submit(self._file, path, digest) for path, digest in digests.items()}
+
     def read_file(self, path: RemotePath, *, digest: bytes = b"") -> bytes:
         """Return all bytes of a file with the sha256 `digest` (if given); from the cache where its version is known."""
+        started = self._files.pop(path, None)
+        return started.result() if started else self._file(path, digest)
+
+    def _file(self, path: RemotePath, digest: bytes) -> bytes:
         key = _file_key(path)
         if not path.version or (content := self.cache.get(key)) is None:
             content = self._host(path).read_file(path.url, digest=digest)

@@ -120,10 +120,8 @@ def _unchanged(folder: Path, rows: np.ndarray) -> bool:
 
 
 def _folders(folder: Path, rows: np.ndarray) -> set[Path]:
-    names = rows["name"]
-    nested = names[np.char.find(names, b"/") >= 0]
-    parents = {os.path.dirname(os.fsdecode(name)) for name in nested.tolist()}
-    return {folder, *(folder / each for parent in parents for each in (parent, *Path(parent).parents))}
+    below = {os.fsdecode(name.rpartition(b"/")[0]) for name in rows["name"].tolist()}
+    return {folder / each for parent in below for each in (parent, *Path(parent).parents)} | {folder}
 
 
 def _found(folder: Path) -> dict[str, tuple[int, int]]:

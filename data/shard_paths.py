@@ -113,9 +113,12 @@ class ShardPaths(Sequence):
         """The first shard of each folder."""
         return [folder.path(0) for folder in self.folders if len(folder)]
 
-    def identities(self) -> list[str]:
-        """What tells a shard from every other, links resolved."""
-        return [each for folder in self.folders for each in folder.identities()]
+    def some_twice(self) -> bool:
+        """Whether a shard is in it more than once, links resolved."""
+        if len(self.folders) == 1 and isinstance(self.folders[0], ListedShards):
+            return False
+        names = [each for folder in self.folders for each in folder.identities()]
+        return len(set(names)) < len(names)
 
     def _place(self, number: int) -> tuple[ShardRows, int]:
         number = range(len(self))[number]
