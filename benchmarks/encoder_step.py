@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +80,10 @@ class LengthIndex:
         dtype = [("key", "S8"), ("samples", "<i8"), ("sample_rate", "<i4"), ("text_chars", "<i4")]
         self.rows = np.zeros(len(seconds), dtype=dtype)
         self.rows["samples"], self.rows["sample_rate"] = seconds * SAMPLE_RATE, SAMPLE_RATE
-        self.shards, self.num_utterances = [0], len(seconds)
+        self.shards, self.rows_S = [0], np.array([len(seconds)])
+
+    def expect(self, shards: Sequence[int]) -> None:
+        pass
 
     def index(self, shard: int) -> np.ndarray:
         return self.rows

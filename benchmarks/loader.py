@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -237,11 +237,15 @@ class SyntheticIndex:
     fingerprint = "synthetic"
 
     def __init__(self, utterances: int, *, per_shard: int = 2500):
-        self.num_utterances, self.per_shard = utterances, per_shard
         self.shards = list(range(-(-utterances // per_shard)))
+        self.rows_S = np.full(len(self.shards), per_shard)
+        self.rows_S[-1] -= self.rows_S.sum() - utterances
+
+    def expect(self, shards: Sequence[int]) -> None:
+        pass
 
     def index(self, shard: int) -> np.ndarray:
-        count = min(self.per_shard, self.num_utterances - shard * self.per_shard)
+        count = int(self.rows_S[shard])
         dtype = [("key", "S24"), ("samples", "<i8"), ("sample_rate", "<i4"), ("text_chars", "<i4")]
         rows = np.zeros(count, dtype=dtype)
         rows["samples"] = lengths_like_librispeech(np.random.default_rng(shard), count) * SAMPLE_RATE

@@ -12,17 +12,19 @@ from .frame_labels import FrameLabels
 from .index import Corpus
 from .loader import AudioDataset
 from .plan import Plan, PlanConfig, PlanLimits, UtteranceIndex
+from .remote import RemoteConfig
 
 
 @dataclass
 class AudioDataConfig:
-    """Folders of shards (`seedling prepare`), and the limits of their micro-batches."""
+    """Folders of shards (`seedling prepare`), here or on a server, and the limits of their micro-batches."""
 
     train: list[str] = field(default_factory=list)
     valid: dict[str, str] = field(default_factory=dict)  # name, as metrics show it -> folder
     limits: PlanLimits = field(default_factory=PlanLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     concat: ConcatConfig = field(default_factory=ConcatConfig)  # of the training set
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # of folders on http(s):// and s3://
 
     def training(
         self,
@@ -40,7 +42,7 @@ class AudioDataConfig:
             raise ValueError("data.train is empty; name folders that `seedling prepare` wrote, as data.train=[DIR]")
         limits = PlanConfig(**asdict(self.limits), max_seconds=micro_batch_seconds, stretch=self.augment.max_stretch)
         corpus = joined(
-            Corpus.open(self.train),
+            Corpus.open(self.train, remote=self.remote),
             self.concat,
             plan=limits,
             seed=seed,
@@ -81,6 +83,7 @@ class AudioDataConfig:
                 require_text=require_text,
                 labels=labels,
                 contexts=(contexts or {}).get(name),
+                remote=self.remote,
             )
             for name, folder in self.valid.items()
         }
@@ -97,12 +100,14 @@ def heldout(
     labels: FrameLabels | None = None,
     contexts: DrawnContexts | None = None,
     concat: ConcatConfig | None = None,
+    remote: RemoteConfig | None = None,
 ) -> PlannedBatches:
     """Return one pass over shards in a fixed order, without augmentation; with `concat` of joined utterances."""
     concat = concat or ConcatConfig()
     plain = PlanConfig(**asdict(limits), max_seconds=micro_batch_seconds, shuffle=False)
     beside = [("frame labels", labels), ("contexts", contexts)]
-    corpus = joined(Corpus.open(folders), concat, plan=plain, seed=0, require_text=require_text, beside=beside)
+    opened = Corpus.open(folders, remote=remote)
+    corpus = joined(opened, concat, plan=plain, seed=0, require_text=require_text, beside=beside)
     dataset = AudioDataset(
         corpus,
         sample_rate=sample_rate,

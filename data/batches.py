@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -100,9 +101,15 @@ def make_loader(
     The iterator runs in this process, num_workers x prefetch micro-batches ahead of what was delivered: the cursor to
     save is that of the last step trained on, not of the last one that the iterator gave out.
     """
+    dataset, sampler = batches.dataset, micro_batch_iterator
+    if ahead := getattr(dataset, "read_ahead", 0):
+        # Whole rounds of the workers, so that a worker that begins to fetch a micro-batch is the one that loads it.
+        workers = max(1, num_workers)
+        sampler = _WithLater(micro_batch_iterator, -(-ahead // workers) * workers)
+        dataset = _FetchingLater(dataset)
     return DataLoader(
-        batches.dataset,
-        sampler=micro_batch_iterator,
+        dataset,
+        sampler=sampler,
         batch_size=None,  # an element of the sampler is a whole micro-batch
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -110,6 +117,34 @@ def make_loader(
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_trainer,
     )
+
+
+class _WithLater:
+    """Pairs each micro-batch with the one that comes `ahead` places later; None past the end."""
+
+    def __init__(self, micro_batches: Iterable[MicroBatch], ahead: int):
+        self.micro_batches, self.ahead = micro_batches, ahead
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, MicroBatch | None]]:
+        rest = iter(self.micro_batches)
+        coming = deque(islice(rest, self.ahead))
+        for later in rest:
+            coming.append(later)
+            yield coming.popleft(), later
+        yield from ((now, None) for now in coming)
+
+
+class _FetchingLater(Dataset):
+    """Begins to fetch the later micro-batch of a pair, then loads the first."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, pair: tuple[MicroBatch, MicroBatch | None]) -> Any:
+        now, later = pair
+        if later is not None:
+            self.dataset.fetch(later)
+        return self.dataset[now]
 
 
 def _as_is(batch: Any) -> Any:

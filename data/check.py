@@ -19,20 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import AudioError, audio_info, read_audio
-from .index import (
-    AUDIO_EXTENSIONS,
-    Member,
-    MissingIndex,
-    UtteranceMembers,
-    find_tars,
-    group_members,
-    index_rows,
-    meta_member,
-    parse_meta,
-    read_index,
-    scan_tar,
-)
+from .index import MissingIndex, find_tars, index_rows, meta_member, parse_meta, read_index
 from .parallel import advance, over_shards
+from .tars import AUDIO_EXTENSIONS, Member, UtteranceMembers, group_members, scan_tar
 from .text_check import WITH_LATIN, character_problem, expected_scripts, mixed_word, scripts
 
 SECONDS_SLACK = 0.06  # lengths in a meta may be rounded to tenths

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,15 +93,27 @@ class GroupedCorpus:
     def shards(self) -> list[Path]:
         return self.corpus.shards
 
+    @property
+    def places(self) -> list:
+        return self.corpus.places
+
     @cached_property
+    def rows_S(self) -> np.ndarray:
+        """Groups of each shard: their indexes are all read once."""
+        return np.array([len(self.index(shard)) for shard in range(len(self.shards))], dtype=np.int64)
+
+    @property
     def num_utterances(self) -> int:
-        return sum(len(self.index(shard)) for shard in range(len(self.shards)))
+        return int(self.rows_S.sum())
 
     @cached_property
     def fingerprint(self) -> str:
         limits = [self.plan.min_seconds, self.plan.max_tokens, self.require_text]
         parts = [VERSION, self.corpus.fingerprint, asdict(self.cfg), self.seed, limits]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def expect(self, shards: Sequence[int]) -> None:
+        self.corpus.expect([shard for shard in shards if shard not in self._groups])
 
     def index(self, shard: int) -> np.ndarray:
         """Return a row per group, with what a plan reads of an utterance: lengths and characters are sums."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,92 +19,21 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import AudioError, audio_info
+from .host import SHARD_LIST, HostError
 from .parallel import advance, over_shards
+from .remote import RemoteConfig, RemotePath, located
+from .shard_list import WRITE_IT, ShardEntry, as_array, read_shard_list, write_shard_list
+from .shard_paths import FoundShards, ListedShards, ShardPaths, ShardRows
+from .tars import AUDIO_EXTENSIONS, Member, TarError, UtteranceMembers, group_members, scan_tar
 from .whole_file import whole_file
-
-AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "ogg", "opus")
-BLOCK = 512  # bytes of a tar block
 
 
 class MissingIndex(ValueError):
     """A shard without an index; the message says which command writes it."""
 
 
-class TarError(ValueError):
-    """A tar that is torn or not a tar."""
-
-
-class Member(NamedTuple):
-    """A file in a tar: where its payload lies."""
-
-    name: str
-    offset: int
-    size: int
-
-
-class UtteranceMembers(NamedTuple):
-    """The members of a tar that share a key, by extension (the part after the last dot, lower case)."""
-
-    key: str
-    members: dict[str, Member]
-
-    @property
-    def audio(self) -> Member | None:
-        return next((self.members[extension] for extension in self.members if extension in AUDIO_EXTENSIONS), None)
-
-
-class TarScan(NamedTuple):
-    """All that could be read of a tar, and in `error` why that is not all (None if it is whole)."""
-
-    members: list[Member]
-    error: str | None
-
-
-def scan_tar(path: Path) -> TarScan:
-    """List the files of an uncompressed tar. Never raises on a torn one: what is whole is returned with the reason."""
-    members: list[Member] = []
-    size = path.stat().st_size
-    end = 0
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-            for info in tar:
-                stop = info.offset_data + (info.size if info.isfile() else 0)
-                if stop > size:
-                    return TarScan(members, f"cut short inside {info.name}")
-                end = -(-stop // BLOCK) * BLOCK
-                if info.isfile():
-                    members.append(Member(info.name, info.offset_data, info.size))
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps every header
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        return TarScan(members, f"not a readable tar after {len(members)} files ({error})")
-    with open(path, "rb") as handle:
-        handle.seek(end)
-        if handle.read(BLOCK) != bytes(BLOCK):
-            return TarScan(members, f"torn after {len(members)} files: no end-of-archive mark where it should be")
-    return TarScan(members, None)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return (key, extension) as webdataset does: the key ends at the first dot of the file name."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
-
-
-def group_members(members: list[Member]) -> list[UtteranceMembers]:
-    """Put neighbouring members with the same key together, as webdataset does on reading."""
-    groups: list[UtteranceMembers] = []
-    for member in members:
-        key, extension = split_name(member.name)
-        extension = extension.rpartition(".")[2]
-        if not groups or groups[-1].key != key or extension in groups[-1].members:
-            groups.append(UtteranceMembers(key, {}))
-        groups[-1].members[extension] = member
-    return groups
-
-
-def index_path(tar_path: str | Path) -> Path:
-    return Path(tar_path).with_suffix(".index.npy")
+def index_path(tar_path: str | Path | RemotePath) -> Path | RemotePath:
+    return located(tar_path).with_suffix(".index.npy")
 
 
 def index_dtype(key_bytes: int) -> np.dtype:
@@ -129,6 +56,7 @@ def index_dtype(key_bytes: int) -> np.dtype:
     )
 
 
+PathLike = str | Path | RemotePath
 WHO = ("speaker", "session")  # columns that an index may lack: it is from before there were any
 
 
@@ -212,24 +140,36 @@ def write_index(tar_path: str | Path) -> np.ndarray:
 
 
 @lru_cache(maxsize=512)
-def _mapped(path: str, mtime_ns: int, size: int) -> np.ndarray:
+def _mapped(path: Path | RemotePath, mtime_ns: int, size: int, digest: bytes) -> np.ndarray:
     # mtime and size are part of the key: an index written anew must not be served from the cache.
+    if isinstance(path, RemotePath):
+        return path.store.map_array(path, digest=digest)
+    if digest and hashlib.sha256(path.read_bytes()).digest() != digest:
+        raise MissingIndex(
+            f"{path}: has changed since {SHARD_LIST} was written; {WRITE_IT.format('FOLDER')} on its folder"
+        )
     return np.load(path, mmap_mode="r")
 
 
-def read_index(tar_path: str | Path) -> np.ndarray:
-    """Return the index of a shard, mapped. Raises MissingIndex, which says what to run."""
-    path = index_path(tar_path)
+def read_index(tar_path: str | Path | RemotePath, *, digest: bytes = b"") -> np.ndarray:
+    """Return the index of a shard, mapped. Raises MissingIndex, which says what to run.
+
+    `digest` is the sha256 that its file must have, where that is known.
+    """
+    tar_path = located(tar_path)
+    path, way_out = index_path(tar_path), f"run `seedling index {tar_path.parent}`"
     try:
-        stat = path.stat()
-        rows = _mapped(str(path), stat.st_mtime_ns, stat.st_size)
+        stat = path.stat() if isinstance(path, Path) else None
+        rows = _mapped(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, digest)
     except FileNotFoundError:
-        raise MissingIndex(f"{tar_path}: no index beside it; run `seedling index {Path(tar_path).parent}`") from None
+        raise MissingIndex(f"{tar_path}: no index beside it; {way_out}") from None
+    except (HostError, MissingIndex):
+        raise
     except (ValueError, EOFError) as error:
-        raise MissingIndex(f"{path}: not an index; run `seedling index {Path(tar_path).parent}` ({error})") from None
+        raise MissingIndex(f"{path}: not an index; {way_out} ({error})") from None
     columns = index_dtype(1).names
     if rows.dtype.names not in (columns, columns[: -len(WHO)]):
-        raise MissingIndex(f"{path}: an index of another version; run `seedling index {Path(tar_path).parent}`")
+        raise MissingIndex(f"{path}: an index of another version; {way_out}")
     return rows
 
 
@@ -242,28 +182,57 @@ class IndexSummary(NamedTuple):
     unreadable: int
 
 
-def index_folder(folder: str | Path, *, jobs: int = 1) -> IndexSummary:
-    """Write an index beside every tar below `folder`, in parallel, and return the totals."""
-    tars = find_tars(folder)
-    finished = over_shards(_index_one, tars, jobs=jobs, label="index", total=len(tars), unit="shards")
-    counts = [count for _, count in finished]
-    utterances, seconds, unreadable = (sum(column) for column in zip(*counts))
-    return IndexSummary(len(tars), utterances, seconds, unreadable)
+def index_folder(folder: str | Path, *, jobs: int = 1, list_only: bool = False) -> IndexSummary:
+    """Write an index beside every tar below `folder`, in parallel, and the list of them; return the totals.
+
+    With `list_only` the indexes are taken as they are. Given a single tar there is no folder to list.
+    """
+    tars = _find_local(Path(folder))
+    work = _list_one if list_only else _index_one
+    finished = dict(over_shards(work, tars, jobs=jobs, label="index", total=len(tars), unit="shards"))
+    found = [finished[number] for number in range(len(tars))]
+    if Path(folder).is_dir():
+        list_shards(Path(folder), [entry for entry, _ in found])
+    seconds = sum(entry.seconds for entry, _ in found)
+    return IndexSummary(len(tars), sum(entry.utterances for entry, _ in found), seconds, sum(bad for _, bad in found))
 
 
-def _index_one(tar_path: Path) -> tuple[int, float, int]:
-    rows = write_index(tar_path)
+def list_shards(folder: Path, entries: list[ShardEntry] | None = None) -> None:
+    """Write the list of the shards below a folder, as their indexes are; `entries` are they, where they were read."""
+    entries = entries or [_entry_of(tar) for tar in sorted(folder.rglob("*.tar"))]
+    names = [Path(entry.name).relative_to(folder).as_posix() for entry in entries]
+    write_shard_list(folder, as_array([entry._replace(name=name) for entry, name in zip(entries, names)]))
+
+
+def _index_one(tar_path: Path) -> tuple[ShardEntry, int]:
+    write_index(tar_path)
+    return _list_one(tar_path)
+
+
+def _list_one(tar_path: Path) -> tuple[ShardEntry, int]:
     advance()
-    return len(rows), index_seconds(rows), int((rows["samples"] == 0).sum())
+    return _entry_of(tar_path), int((read_index(tar_path)["samples"] == 0).sum())
+
+
+def _entry_of(tar_path: Path | RemotePath) -> ShardEntry:
+    """Return what the list says of a shard, under its whole path."""
+    rows, content = read_index(tar_path), index_path(tar_path).read_bytes()
+    tar_bytes = tar_path.stat().st_size if isinstance(tar_path, Path) else 0
+    digest = hashlib.sha256(content).digest()
+    return ShardEntry(str(tar_path), tar_bytes, len(content), len(rows), index_seconds(rows), digest)
 
 
 def index_seconds(rows: np.ndarray) -> float:
     return float((rows["samples"] / rows["sample_rate"]).sum())
 
 
-def find_tars(path: str | Path) -> list[Path]:
-    """Return the tars of a folder (and its subfolders), a tar file or a glob pattern, sorted."""
-    path = Path(path)
+def find_tars(path: str | Path | RemotePath) -> list[Path | RemotePath]:
+    """Return the tars of a folder (and its subfolders), here or on a server, a tar file or a glob pattern, sorted."""
+    path = located(path)
+    return list(ShardPaths([_open(path)])) if isinstance(path, RemotePath) else _find_local(path)
+
+
+def _find_local(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     tars = sorted(path.rglob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -274,53 +243,83 @@ def find_tars(path: str | Path) -> list[Path]:
                 f"{path}: {compressed[0].name} is compressed; an index needs plain tars: unpack with gunzip"
             )
         raise ValueError(f"{path}: no .tar shards here; make some with `seedling prepare SOURCE --out {path}`")
-    if path.is_dir() and (path / "prepare.json").exists() and not (path / "corpus.json").exists():
-        raise ValueError(f"{path}: `seedling prepare` has not finished here; run the same command again to go on")
+    _require_prepared(path)
     return tars
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Shards in a fixed order. Cheap to pickle: indexes are mapped on use, never held."""
+def _require_prepared(path: Path) -> None:
+    if path.is_dir() and (path / "prepare.json").exists() and not (path / "corpus.json").exists():
+        raise ValueError(f"{path}: `seedling prepare` has not finished here; run the same command again to go on")
 
-    shards: list[Path]
+
+def _open(path: Path | RemotePath) -> ShardRows:
+    """Return the shards that a path names: by the list of its folder, where that has one that fits."""
+    is_folder = not path.name.endswith(".tar") if isinstance(path, RemotePath) else path.is_dir()
+    if is_folder and (rows := read_shard_list(path)) is not None:
+        if isinstance(path, Path):
+            _require_prepared(path)
+        return ListedShards(path, rows)
+    tars = [path] if isinstance(path, RemotePath) else _find_local(path)
+    for tar in tars:
+        if isinstance(tar, Path) and not index_path(tar).exists():
+            raise MissingIndex(f"{tar}: no index beside it; run `seedling index {tar.parent}`")
+    return FoundShards(tars, _entry_of)
+
+
+class Corpus:
+    """Shards in a fixed order. Indexes are mapped on use and never held, so it is cheap to pickle; and where folders
+    have a list of their shards (shard_list.py) a million of them are opened at once."""
+
+    def __init__(self, folders: Sequence[ShardRows]):
+        self.shards = ShardPaths(folders)
 
     @classmethod
-    def open(cls, paths: str | Path | Sequence[str | Path]) -> Corpus:
-        """Open folders, tars or glob patterns; the order of `paths` is kept, tars of one path are sorted."""
-        given = [paths] if isinstance(paths, str | Path) else list(paths)
+    def open(cls, paths: PathLike | Sequence[PathLike], *, remote: RemoteConfig | None = None) -> Corpus:
+        """Open folders (here or on a server), tars or glob patterns; their order is kept, tars of one are sorted."""
+        given = [located(path, remote) for path in ([paths] if isinstance(paths, PathLike) else paths)]
         if not given:
             raise ValueError("a corpus needs at least one folder with shards, and none was given")
-        shards = [tar for path in given for tar in find_tars(path)]
-        if len(set(map(Path.resolve, shards))) < len(shards):
+        corpus = cls([_open(path) for path in given])
+        if corpus.shards.some_twice():
             raise ValueError(
                 f"the same shard is listed twice in {[str(path) for path in given]}; name each folder once"
             )
-        for shard in shards:
-            if not index_path(shard).exists():
-                raise MissingIndex(f"{shard}: no index beside it; run `seedling index {shard.parent}`")
-        return cls(shards)
+        return corpus
 
     def index(self, shard: int) -> np.ndarray:
         """The rows of one shard (mapped, read only)."""
-        return read_index(self.shards[shard])
+        return read_index(self.shards[shard], digest=self.shards.digest(shard))
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Begin to fetch those indexes that lie on a server: they will be asked for next."""
+        paths = {shard: path for shard in shards if isinstance(path := self.shards[shard], RemotePath)}
+        for store in {path.store for path in paths.values()}:
+            own = [shard for shard, path in paths.items() if path.store is store]
+            store.start_files({index_path(paths[shard]): self.shards.digest(shard) for shard in own})
 
     def members(self, shard: int, row: int) -> np.ndarray:
         """The index rows that make up one row of the plan: here itself (concat.py joins several)."""
         return self.index(shard)[row : row + 1]
 
-    @cached_property
-    def num_utterances(self) -> int:
-        return sum(len(self.index(i)) for i in range(len(self.shards)))
+    @property
+    def places(self) -> list[Path | RemotePath]:
+        """Where its shards lie, a shard of each folder: enough to tell a server from a disk."""
+        return self.shards.places
 
     @cached_property
+    def rows_S(self) -> np.ndarray:
+        """Utterances of each shard, int64 [S]."""
+        return self.shards.column("utterances")
+
+    @property
+    def num_utterances(self) -> int:
+        return int(self.rows_S.sum())
+
+    @property
     def seconds(self) -> float:
-        return sum(index_seconds(self.index(i)) for i in range(len(self.shards)))
+        return float(self.shards.column("seconds").sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the index files in order: equal for equal content, wherever the folder lies."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(hashlib.sha256(index_path(shard).read_bytes()).digest())
-        return digest.hexdigest()
+        """sha256 over the hashes of the index files in order: equal for equal content, wherever the folder lies."""
+        return hashlib.sha256(self.shards.column("digest").tobytes()).hexdigest()

@@ -23,10 +23,12 @@ from .concat import GroupedCorpus
 from .contexts.draw import DrawnContexts
 from .contexts.sidecar import StaleContexts, UtteranceContext
 from .frame_labels import NO_LABEL, FrameLabels, StaleLabels
+from .host import HostError
 from .index import Corpus, parse_meta
 from .joining import join_metas, join_waveforms
 from .payload import PayloadReader
 from .plan import MicroBatch
+from .remote import Range, RemotePath, drop, start, together
 
 NO_CODES = np.zeros(0, np.uint16)
 
@@ -111,6 +113,9 @@ class AudioDataset(Dataset):
         self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
         self.labels, self.contexts, self.gap_seconds = labels, contexts, gap_seconds
         self.reader = PayloadReader()
+        # How many micro-batches ahead `fetch` should be called; 0 where everything lies in folders.
+        remote = [path.config for path in corpus.places if isinstance(path, RemotePath)]
+        self.read_ahead = max((config.read_ahead for config in remote), default=0)
         self.augment = None
         if augment is not None:
             if labels is not None and augment.speed_probability:
@@ -124,6 +129,28 @@ class AudioDataset(Dataset):
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:
+        """Read what is planned; of a server in as few requests as can be, and all of them at once."""
+        ranges = self._ranges(micro_batch)
+        start(ranges)
+        try:
+            return self._load(micro_batch)
+        finally:
+            drop(ranges)
+
+    def fetch(self, micro_batch: MicroBatch) -> None:
+        """Begin to fetch what lies on a server, so that it is here when the micro-batch is asked for."""
+        start(self._ranges(micro_batch))
+
+    def _ranges(self, micro_batch: MicroBatch) -> list[Range]:
+        return [
+            each
+            for shard, row in micro_batch.utterances
+            if isinstance(path := self.corpus.shards[shard], RemotePath)
+            for at in self.corpus.members(shard, row)
+            for each in utterance_ranges(path, at)
+        ]
+
+    def _load(self, micro_batch: MicroBatch) -> AudioBatch:
         keys, waveforms, texts, metas, codes, contexts, joined, bad = [], [], [], [], [], [], [], []
         for shard, row in micro_batch.utterances:
             path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
@@ -139,7 +166,7 @@ class AudioDataset(Dataset):
                 context = self._context(path, row, key=key, epoch=micro_batch.epoch)
                 if self.augment:
                     waveform = self.augment(waveform, epoch=micro_batch.epoch, key=key)
-            except (StaleLabels, StaleContexts):
+            except (StaleLabels, StaleContexts, HostError):
                 raise
             except (ValueError, OSError) as error:
                 bad.append(BadUtterance(str(path), key, str(error)))
@@ -184,6 +211,8 @@ class AudioDataset(Dataset):
                 if not isinstance(text := meta.get("text") or "", str):
                     raise ValueError(f"its text is a {type(text).__name__}, not a string")
                 read[utterance_key(at)] = waveform, meta
+            except HostError:
+                raise
             except (ValueError, OSError) as error:
                 bad.append(BadUtterance(str(path), utterance_key(at), str(error)))
         if not read:
@@ -226,6 +255,14 @@ def utterance_key(at: np.void) -> str:
     return bytes(at["key"]).decode("utf-8", errors="replace")
 
 
+def utterance_ranges(path: RemotePath, at: np.void) -> list[Range]:
+    """Return what is read of an utterance: its meta and its audio, as one range where they are neighbours."""
+    ranges = [Range(path, int(at[f"{part}_offset"]), int(at[f"{part}_size"])) for part in ("audio", "meta")]
+    (first, *more), *apart = together(sorted(each for each in ranges if each.size))
+    whole = Range(path, first.offset, max(each.stop for each in [first, *more]) - first.offset)
+    return [whole, *(each for near in apart for each in near)]
+
+
 def read_utterance(path: Path, at: np.void, *, reader: PayloadReader, sample_rate: int) -> tuple[np.ndarray, dict]:
     """Return waveform [N] at `sample_rate` and meta of index row `at` of shard `path`.
 
@@ -252,7 +289,7 @@ class CorpusNoise:
 
     def __init__(self, corpus: Corpus, *, sample_rate: int):
         self.corpus, self.sample_rate, self.reader = corpus, sample_rate, PayloadReader()
-        self.ends = np.cumsum([len(corpus.index(shard)) for shard in range(len(corpus.shards))])
+        self.ends = np.cumsum(corpus.rows_S)
 
     def __call__(self, random: KeyedRandom) -> np.ndarray:
         number = random.below(int(self.ends[-1]))
@@ -261,5 +298,7 @@ class CorpusNoise:
         path, at = self.corpus.shards[shard], self.corpus.index(shard)[row]
         try:
             return read_utterance(path, at, reader=self.reader, sample_rate=self.sample_rate)[0]
+        except HostError:
+            raise
         except (ValueError, OSError) as error:
             raise ValueError(f"noise {path}: {utterance_key(at)}: {error}") from error

@@ -10,6 +10,8 @@ import os
 from collections import OrderedDict
 from os import PathLike
 
+from .remote import RemotePath
+
 
 class PayloadReader:
     """Reads `size` bytes at `offset` of a file. `max_open` bounds the file handles held."""
@@ -18,8 +20,13 @@ class PayloadReader:
         self.max_open = max_open
         self._handles: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, path: str | PathLike, *, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes. Raises ValueError if the file ends before, OSError if it cannot be opened."""
+    def read(self, path: str | PathLike | RemotePath, *, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes. Raises ValueError if the file ends before, OSError if it cannot be opened.
+
+        HostError, a ValueError too, is of a server, and no reading will help.
+        """
+        if isinstance(path, RemotePath):
+            return path.store.read(path, offset=offset, size=size)
         parts, missing, handle = [], size, self._handle(os.fspath(path))
         while missing:
             part = os.pread(handle, missing, offset + size - missing)

@@ -17,29 +17,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .packing import into_whole_steps, pack, slice_max
+from .packing import into_whole_steps, pack
+from .plan_summary import MAX_REFUSED_LISTED, PlanSummary, Refused, Tally
 
 PLAN_VERSION = 1  # part of the fingerprint: raise it when the same inputs give other micro-batches
-MAX_REFUSED_LISTED = 10_000
+# An epoch of so many is counted, 13 s; a larger one is estimated from windows that hold SAMPLED_UTTERANCES.
+EXACT_UTTERANCES = 10_000_000
+SAMPLED_UTTERANCES = 2_000_000
 
 
 class UtteranceIndex(Protocol):
-    """What a plan needs of a corpus; the rows of `index(i)` have key, samples, sample_rate and text_chars."""
+    """What a plan needs of a corpus: rows_S, how many utterances each shard has, known without opening it; and their
+    index, whose rows have key, samples, sample_rate and text_chars. `expect` says which will be asked for next."""
 
     @property
     def shards(self) -> Sequence: ...
     @property
-    def num_utterances(self) -> int: ...
+    def rows_S(self) -> np.ndarray: ...
     @property
     def fingerprint(self) -> str: ...
     def index(self, shard: int) -> np.ndarray: ...
+    def expect(self, shards: Sequence[int]) -> None: ...
 
 
 @dataclass
@@ -139,28 +144,6 @@ class PlannedStep(NamedTuple):
         return self.micro_batches[rank::world_size]
 
 
-class Refused(NamedTuple):
-    """An utterance outside the limits, and why."""
-
-    shard: str
-    row: int
-    key: str
-    reason: str
-
-
-class PlanSummary(NamedTuple):
-    """An epoch in numbers. `seconds` is valid audio; `largest` the dearest micro-batch (numbered within its epoch)."""
-
-    steps: int
-    micro_batches: int
-    utterances: int
-    seconds: float
-    padding_fraction: float
-    largest: MicroBatch
-    refused: list[Refused]  # the first MAX_REFUSED_LISTED of them
-    num_refused: int
-
-
 class _Window(NamedTuple):
     """A planned window: utterances in packing order, micro-batches as slices of it, and what is left over."""
 
@@ -169,12 +152,20 @@ class _Window(NamedTuple):
     seconds_U: np.ndarray
     cost_U: np.ndarray
     tokens_U: np.ndarray
-    slices_N2: np.ndarray  # a whole number of steps
+    slices_N2: np.ndarray  # once planned, a whole number of steps
     after: Cursor
 
     def micro_batch(self, position: int, *, index: int, epoch: int) -> MicroBatch:
         start, stop = self.slices_N2[position]
         return MicroBatch(index, epoch, _pairs(self.shard_U[start:stop], self.row_U[start:stop]))
+
+
+class _Order(NamedTuple):
+    """The pieces of an epoch in their order, and where in it each one's utterances end."""
+
+    epoch: int
+    order_P: np.ndarray
+    end_P: np.ndarray
 
 
 class Plan:
@@ -186,7 +177,7 @@ class Plan:
                 f"micro_batches_per_step ({micro_batches_per_step}) must be at least 1 and seed ({seed}) at least 0"
             )
         self.corpus, self.cfg, self.seed, self.micro_batches_per_step = corpus, cfg, seed, micro_batches_per_step
-        rows_S = np.array([len(corpus.index(shard)) for shard in range(len(corpus.shards))], dtype=np.int64)
+        rows_S = corpus.rows_S
         self.num_utterances = int(rows_S.sum())
         if self.num_utterances < self._fewest:
             raise ValueError(self._too_few(self.num_utterances))
@@ -200,6 +191,7 @@ class Plan:
         nth_P = np.arange(len(self._shard_P)) - np.repeat(np.cumsum(pieces_S) - pieces_S, pieces_S)
         self._start_P = rows_S[self._shard_P] * nth_P // pieces_S[self._shard_P]
         self._stop_P = rows_S[self._shard_P] * (nth_P + 1) // pieces_S[self._shard_P]
+        self._order: _Order | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -228,44 +220,44 @@ class Plan:
                 at = window.after
 
     def summary(self, epoch: int = 0) -> PlanSummary:
-        """Count an epoch without building it: 1.1 s per million utterances."""
-        steps = micro_batches = utterances = 0
-        seconds = padded = 0.0
-        largest, largest_price = None, (-1.0, -1)
-        at = Cursor(epoch=epoch)
+        """Count an epoch without building it, 1.1 s per million utterances; estimate it where it is long.
+
+        An epoch of more than EXACT_UTTERANCES is judged by some of its windows, evenly spread.
+        """
+        if self.num_utterances > EXACT_UTTERANCES:
+            return self._estimate(epoch)
+        tally, at = Tally(), Cursor(epoch=epoch)
         while at.epoch == epoch:
             window = self._plan_window(at)
-            count_N = window.slices_N2[:, 1] - window.slices_N2[:, 0]
-            price_N = slice_max(window.cost_U, window.slices_N2) * count_N
-            tokens_N = slice_max(window.tokens_U, window.slices_N2) * count_N
-            if len(count_N):
-                top = np.lexsort((tokens_N, price_N))[-1]
-                if (price := (float(price_N[top]), int(tokens_N[top]))) > largest_price:
-                    largest = window.micro_batch(top, index=micro_batches + int(top), epoch=epoch)
-                    largest_price = price
-            padded += float((slice_max(window.seconds_U, window.slices_N2) * count_N).sum())
-            ends = np.concatenate([[0.0], np.cumsum(window.seconds_U)])
-            seconds += float((ends[window.slices_N2[:, 1]] - ends[window.slices_N2[:, 0]]).sum())
-            utterances += int(count_N.sum())
-            micro_batches += len(count_N)
+            tally.add(window, epoch=epoch)
             at = window.after
-        steps = micro_batches // self.micro_batches_per_step
-        assert largest is not None, "an epoch without a micro-batch is refused in _plan_window"
         refused = list(islice(self.refused(), MAX_REFUSED_LISTED))
-        num_refused = self.num_utterances - utterances
-        return PlanSummary(
-            steps, micro_batches, utterances, seconds, 1 - seconds / padded, largest, refused, num_refused
-        )
+        return tally.summary(self.micro_batches_per_step, of=self.num_utterances, refused=refused)
+
+    def _estimate(self, epoch: int) -> PlanSummary:
+        tally, shards, read = Tally(), set[int](), 0
+        sampled = min(self.num_windows, max(3, SAMPLED_UTTERANCES * self.num_windows // self.num_utterances))
+        for nth in range(sampled):
+            at = Cursor(epoch=epoch, window=(2 * nth + 1) * self.num_windows // (2 * sampled))
+            low, high = self._bounds(at.window)
+            tally.add(self._pack_window(at), epoch=epoch)
+            shards.update(shard for shard, _, _ in self._pieces(at))
+            read += high - low
+        some = self.refused(sorted(shards)) if tally.utterances < read else iter(())
+        refused, M = list(islice(some, MAX_REFUSED_LISTED)), self.micro_batches_per_step
+        estimate = tally.summary(M, of=self.num_utterances, refused=refused, scale=self.num_utterances / read)
+        return estimate._replace(sampled_windows=sampled)
 
     def amount(self, summary: PlanSummary) -> str:
         """Say in words what an epoch holds."""
-        hours = summary.seconds / 3600
-        return f"{summary.utterances:,} utterances, {hours:.3g} h, padding {summary.padding_fraction:.1%}"
+        hours, windows = summary.seconds / 3600, summary.sampled_windows
+        about = f" (estimated from {windows} of {self.num_windows:,} windows)" if windows else ""
+        return f"{summary.utterances:,} utterances, {hours:.3g} h, padding {summary.padding_fraction:.1%}{about}"
 
-    def refused(self) -> Iterator[Refused]:
-        """Yield every utterance outside the limits, in the order of the shards."""
-        for shard, name in enumerate(self.corpus.shards):
-            rows = self.corpus.index(shard)
+    def refused(self, shards: Iterable[int] | None = None) -> Iterator[Refused]:
+        """Yield every utterance outside the limits, in the order of the shards; of some shards only if given."""
+        for shard in range(len(self.corpus.shards)) if shards is None else shards:
+            name, rows = self.corpus.shards[shard], self.corpus.index(shard)
             seconds, tokens = _measure(rows)
             for row in np.flatnonzero(~self._fits(seconds, tokens)).tolist():
                 reason = self._reason(float(seconds[row]), int(tokens[row]))
@@ -312,22 +304,37 @@ class Plan:
     def _permutation(self, count: int, *purpose: int) -> np.ndarray:
         return np.argsort(self._random_words(count, *purpose), kind="stable")
 
-    def _read_window(self, at: Cursor) -> tuple[np.ndarray, ...]:
-        """Return shard, row, seconds and tokens [U] of the carried utterances and of this window's that fit."""
-        order_P = np.arange(len(self._shard_P))
-        if self.cfg.shuffle:
-            order_P = self._permutation(len(order_P), 0, at.epoch)
-        end_P = np.cumsum((self._stop_P - self._start_P)[order_P])
-        low, high = (self.num_utterances * (at.window + i) // self.num_windows for i in (0, 1))
-        carried = np.array(at.carried, dtype=np.int64).reshape(-1, 2)
-        parts = [
-            self._read_rows(shard, carried[carried[:, 0] == shard, 1]) for shard in np.unique(carried[:, 0]).tolist()
-        ]
+    def _pieces_in_order(self, epoch: int) -> _Order:
+        """Return the order of an epoch's pieces: made once an epoch, as a million of them take a tenth of a second."""
+        if self._order is None or self._order.epoch != epoch:
+            order_P = np.arange(len(self._shard_P))
+            if self.cfg.shuffle:
+                order_P = self._permutation(len(order_P), 0, epoch)
+            self._order = _Order(epoch, order_P, np.cumsum((self._stop_P - self._start_P)[order_P]))
+        return self._order
+
+    def _bounds(self, window: int) -> tuple[int, int]:
+        """The places in an epoch's order of utterances where a window begins and ends."""
+        low, high = (self.num_utterances * (window + i) // self.num_windows for i in (0, 1))
+        return low, high
+
+    def _pieces(self, at: Cursor) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, first row, row to stop at) of what is new in a window."""
+        _, order_P, end_P = self._pieces_in_order(at.epoch)
+        low, high = self._bounds(at.window)
         for position in range(np.searchsorted(end_P, low, side="right"), np.searchsorted(end_P, high) + 1):
             piece = order_P[position]
             begin = int(self._stop_P[piece] - end_P[position])  # row = begin + place in the epoch
             start, stop = max(int(self._start_P[piece]), begin + low), min(int(self._stop_P[piece]), begin + high)
-            parts.append(self._read_rows(int(self._shard_P[piece]), np.arange(start, stop)))
+            yield int(self._shard_P[piece]), start, stop
+
+    def _read_window(self, at: Cursor) -> tuple[np.ndarray, ...]:
+        """Return shard, row, seconds and tokens [U] of the carried utterances and of this window's that fit."""
+        carried, pieces = np.array(at.carried, dtype=np.int64).reshape(-1, 2), list(self._pieces(at))
+        carried_from = np.unique(carried[:, 0]).tolist()
+        self.corpus.expect([*carried_from, *(shard for shard, _, _ in pieces)])
+        parts = [self._read_rows(shard, carried[carried[:, 0] == shard, 1]) for shard in carried_from]
+        parts += [self._read_rows(shard, np.arange(start, stop)) for shard, start, stop in pieces]
         return tuple(np.concatenate(column) for column in zip(*parts))
 
     def _read_rows(self, shard: int, row_U: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -348,20 +355,27 @@ class Plan:
         order = np.lexsort((columns[3], length_U))  # stable: what is equal stays shuffled
         return tuple(column[order] for column in columns)
 
-    def _plan_window(self, at: Cursor) -> _Window:
+    def _pack_window(self, at: Cursor) -> _Window:
+        """Return all micro-batches of a window in their order, those too that do not fill a step."""
         if not 0 <= at.window < self.num_windows:
             raise ValueError(f"the cursor is in window {at.window} of {self.num_windows}; it belongs to another plan")
-        cfg, M, last = self.cfg, self.micro_batches_per_step, at.window + 1 == self.num_windows
         shard_U, row_U, seconds_U, tokens_U = self._in_packing_order(at)
-        cost_U = cfg.cost(seconds_U)
-        slices_N2 = pack(cost_U, tokens_U, max_cost=cfg.max_seconds, max_tokens=cfg.max_tokens)
-        if cfg.shuffle:
+        cost_U = self.cfg.cost(seconds_U)
+        slices_N2 = pack(cost_U, tokens_U, max_cost=self.cfg.max_seconds, max_tokens=self.cfg.max_tokens)
+        if self.cfg.shuffle:
             slices_N2 = slices_N2[self._permutation(len(slices_N2), 1, at.epoch, at.window, 2)]
+        return _Window(shard_U, row_U, seconds_U, cost_U, tokens_U, slices_N2, at)
+
+    def _plan_window(self, at: Cursor) -> _Window:
+        """Return the micro-batches of a window's steps, and the cursor after them."""
+        window = self._pack_window(at)
+        slices_N2, utterances = window.slices_N2, len(window.row_U)
+        M, last = self.micro_batches_per_step, at.window + 1 == self.num_windows
         if last:
-            if at.step == at.offset and len(seconds_U) < self._fewest:  # no window before this one gave a step
-                raise ValueError(self._too_few(len(seconds_U)))
-            head, tail = into_whole_steps(slices_N2, cost_U, step=M)
-            if cfg.shuffle:
+            if at.step == at.offset and utterances < self._fewest:  # no window before this one gave a step
+                raise ValueError(self._too_few(utterances))
+            head, tail = into_whole_steps(slices_N2, window.cost_U, step=M)
+            if self.cfg.shuffle:
                 tail = tail[self._permutation(len(tail), 1, at.epoch, at.window, 3)]
             slices_N2 = np.concatenate([head, tail])
         num_steps = len(slices_N2) // M
@@ -373,9 +387,9 @@ class Plan:
             window=0 if last else at.window + 1,
             step=0 if last else at.step + num_steps - at.offset,
             micro_batches=at.micro_batches + (num_steps - at.offset) * M,
-            carried=_pairs(shard_U[left], row_U[left]),
+            carried=_pairs(window.shard_U[left], window.row_U[left]),
         )
-        return _Window(shard_U, row_U, seconds_U, cost_U, tokens_U, slices_N2[: num_steps * M], after)
+        return window._replace(slices_N2=slices_N2[: num_steps * M], after=after)
 
     def _advance(self, at: Cursor, window: _Window, *, last: bool) -> Cursor:
         if last:

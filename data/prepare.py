@@ -2,7 +2,7 @@
 
 A finished shard leaves a note in `OUT/.prepare/`; a run that finds notes of the same plan keeps their shards.
 Utterances that cannot be used are named in `OUT/rejected.jsonl` and counted; too many fail the run. `OUT/corpus.json`
-is written last.
+comes last, and after it the list of the shards (shard_list.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .audio import AudioError, read_audio
 from .cutting import cut_into_shards
-from .index import index_path
+from .index import index_path, list_shards
 from .parallel import advance, over_shards
 from .shards import open_shard, shard_path
 from .sources import AudioReader, Source, SourceUtterance, open_source
@@ -152,6 +152,7 @@ def _finish(
         languages={lang: round(seconds[lang], 3) for lang in sorted(seconds)},
     )
     write_json(out / "corpus.json", asdict(summary))
+    list_shards(out)
     return summary
 
 

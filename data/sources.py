@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from .index import AUDIO_EXTENSIONS
+from .tars import AUDIO_EXTENSIONS
 
 AISHELL_TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 MANIFEST_KEYS = {"audio_filepath", "duration", "text", "offset", "lang", "speaker", "keywords", "id"}

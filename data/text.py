@@ -85,6 +85,13 @@ class TextCorpus:
     def index(self, shard: int) -> np.ndarray:
         return self.rows[shard]
 
+    def expect(self, shards: Sequence[int]) -> None:
+        """All of it is in memory."""
+
+    @property
+    def rows_S(self) -> np.ndarray:
+        return np.array([len(rows) for rows in self.rows], dtype=np.int64)
+
     @property
     def num_utterances(self) -> int:
         return sum(map(len, self.rows))

@@ -116,9 +116,13 @@ class WithContexts:
     def shards(self) -> Sequence[Path]:
         return self.corpus.shards
 
-    @property
-    def num_utterances(self) -> int:
-        return self.corpus.num_utterances
+    @cached_property
+    def rows_S(self) -> np.ndarray:
+        """Utterances of each shard; contexts of other utterances show here, before the first step."""
+        return np.array([len(self.index(shard)) for shard in range(len(self.shards))], dtype=np.int64)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        self.corpus.expect(shards)
 
     @cached_property
     def fingerprint(self) -> str:

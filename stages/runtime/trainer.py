@@ -153,10 +153,13 @@ class Trainer:
 
     def steps(self) -> Generator[FedStep, None, None]:
         """Planned steps with this rank's batches, from where the run stands to its last step."""
-        remaining = self.total_steps - self.state.step
-        if remaining > 0:
-            cursor = Cursor.from_dict(self.state.cursor) if self.state.cursor else None
-            fed = feed(self.data, world=self.world, num_workers=self.train.num_workers, cursor=cursor)
+        cursor = Cursor.from_dict(self.state.cursor) if self.state.cursor else None
+        remaining, epochs = self.total_steps - self.state.step, None
+        if self.train.epochs and self.summary.sampled_windows:
+            # Epochs too long to be counted beforehand: total_steps is an estimate, and they end where the plan does.
+            remaining, epochs = None, self.train.epochs
+        if remaining is None or remaining > 0:
+            fed = feed(self.data, world=self.world, num_workers=self.train.num_workers, cursor=cursor, epochs=epochs)
             steps: Iterator[FedStep] = islice(fed, remaining)
             if isinstance(self.stage, LooksAhead):
                 steps = self.stage.prepared(steps, weights=self.engine.whole_model, step=self.state.step)
@@ -361,6 +364,8 @@ class Trainer:
             )
         if cfg.max_steps:
             return cfg.max_steps
+        if self.summary.sampled_windows:
+            return cfg.epochs * self.summary.steps
         rest = (self.data.plan.summary(epoch).steps for epoch in range(1, cfg.epochs))
         return self.summary.steps + sum(rest)
 

@@ -7,7 +7,10 @@ from seedling.data.plan import Plan, PlanConfig
 
 
 class Corpus:
-    shards, num_utterances, fingerprint = ["one"], 40, "forty"
+    shards, rows_S, fingerprint = ["one"], np.array([40]), "forty"
+
+    def expect(self, shards):
+        pass
 
     def index(self, shard):
         rows = np.zeros(40, dtype=[("key", "S8"), ("samples", "i8"), ("sample_rate", "i4"), ("text_chars", "i4")])

@@ -28,8 +28,11 @@ class SyntheticCorpus:
         self.shards_opened = 0
 
     @property
-    def num_utterances(self):
-        return sum(self.rows_per_shard)
+    def rows_S(self):
+        return np.array(self.rows_per_shard)
+
+    def expect(self, shards):
+        pass
 
     def index(self, shard):
         self.shards_opened += 1
@@ -188,6 +191,49 @@ def test_a_million_utterances_are_planned_in_seconds_and_in_the_memory_of_a_wind
     assert planned > 300
     # The (shard, row) pairs of a million utterances alone would be 120 MB.
     assert peak_bytes < 25e6, f"{peak_bytes / 1e6:.0f} MB"
+
+
+def test_a_plan_is_opened_without_reading_an_index():
+    corpus = librispeech_like(utterances=100_000, shards=100)
+    plan = Plan(corpus, PlanConfig(window_utterances=4000), seed=0, micro_batches_per_step=8)
+    assert corpus.shards_opened == 0
+    next(plan.steps())
+    assert corpus.shards_opened <= 10, "a window of 4000 utterances lies in nine pieces of 500, or ten"
+
+
+def test_a_long_epoch_is_estimated_from_a_few_windows_within_three_percent(monkeypatch):
+    """Shards differ by a factor of four in mean length, and some utterances are refused."""
+
+    def make_rows(shard, count):
+        random = np.random.default_rng(shard)
+        mean = 3.0 * 4.0 ** np.random.default_rng(shard // 50).random()
+        return rows_of(random.gamma(4.0, mean / 4, count).clip(0.05), random.integers(1, 200, count), shard=shard)
+
+    corpus = SyntheticCorpus([200] * 1000, make_rows)
+    limits = {"min_seconds": 0.5, "max_utterance_seconds": 40, "max_tokens": 3000}
+    cfg = PlanConfig(max_seconds=120, window_utterances=1000, **limits)
+    plan = Plan(corpus, cfg, seed=0, micro_batches_per_step=4)
+    assert plan.num_windows == 200
+    exact = plan.summary()
+    monkeypatch.setattr("seedling.data.plan.EXACT_UTTERANCES", 199_999)
+    monkeypatch.setattr("seedling.data.plan.SAMPLED_UTTERANCES", 20_000)
+    before = corpus.shards_opened
+    estimate = plan.summary()
+    assert corpus.shards_opened - before <= 2 * 11 * 20, "more than the shards of twenty windows were opened"
+    assert (exact.sampled_windows, estimate.sampled_windows) == (0, 20)
+    for name in ("steps", "micro_batches", "utterances", "seconds"):
+        assert getattr(estimate, name) == pytest.approx(getattr(exact, name), rel=0.03), name
+    assert estimate.padding_fraction == pytest.approx(exact.padding_fraction, abs=0.005)
+    assert estimate.num_refused == pytest.approx(exact.num_refused, rel=0.3)
+    assert estimate.refused and set(estimate.refused) <= set(exact.refused)
+    assert "estimated from 20 of 200 windows" in plan.amount(estimate)
+    assert estimate == plan.summary(), "every rank must come to the same estimate"
+
+    def price(micro_batch):
+        rows = [corpus.index(shard)[row] for shard, row in micro_batch.utterances]
+        return max(row["samples"] / RATE for row in rows) * len(rows)
+
+    assert price(exact.largest) >= price(estimate.largest) >= 0.98 * price(exact.largest)
 
 
 def test_padding_is_at_most_three_per_cent_on_a_librispeech_like_mix():

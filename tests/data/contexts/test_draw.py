@@ -21,7 +21,7 @@ from seedling.data.contexts.sidecar import (
     write_context_index,
     write_context_shard,
 )
-from seedling.data.index import Corpus
+from seedling.data.index import Corpus, list_shards
 from seedling.data.loader import AudioDataset, utterance_key
 from seedling.data.plan import PlanLimits
 from seedling.data.prepare import prepare
@@ -248,6 +248,7 @@ def test_a_text_that_changed_makes_the_sidecar_stale(sidecar, shards, tmp_path):
     rows = np.load(index)
     rows["text_chars"][0] += 1
     np.save(index, rows)
+    list_shards(changed)
     with pytest.raises(StaleContexts):
         training(changed, drawn(sidecar, changed))
 

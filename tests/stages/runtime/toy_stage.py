@@ -50,8 +50,11 @@ class ToyCorpus:
         rows["key"] = [f"u{i:04d}".encode() for i in range(utterances)]
         rows["samples"] = 1 + np.arange(utterances) * 7 % 9
         rows["sample_rate"] = 1
-        self.shards, self.num_utterances, self.fingerprint = ["toy"], utterances, f"toy-{utterances}"
+        self.shards, self.rows_S, self.fingerprint = ["toy"], np.array([utterances]), f"toy-{utterances}"
         self.rows = rows
+
+    def expect(self, shards: list[int]) -> None:
+        pass
 
     def index(self, shard: int) -> np.ndarray:
         return self.rows

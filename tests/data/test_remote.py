@@ -1,0 +1,314 @@
+"""Shards on a server: the same batches as from a folder, fetched by range, ahead of need, and kept within bounds."""
+
+import builtins
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
+
+from range_server import serving
+
+from seedling.data import host
+from seedling.data.audio_sets import AudioDataConfig
+from seedling.data.batches import make_loader
+from seedling.data.host import HostError
+from seedling.data.index import Corpus, index_folder, index_path
+from seedling.data.payload import PayloadReader
+from seedling.data.remote import NEIGHBOURS, Range, RemoteConfig, RemotePath, RemoteStore, located, together
+from seedling.data.shards import open_shard, shard_path
+
+RATE = 16000
+SHARDS, UTTERANCES = 3, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three shards of noise, with their list."""
+    folder, random = tmp_path_factory.mktemp("served") / "train", np.random.default_rng(0)
+    folder.mkdir()
+    for shard in range(SHARDS):
+        with open_shard(shard_path(folder, shard), sample_rate=RATE) as writer:
+            for number in range(UTTERANCES):
+                waveform = random.uniform(-0.5, 0.5, int(RATE * random.uniform(0.5, 3.0))).astype(np.float32)
+                writer.add(f"{shard}-{number}", waveform, {"text": f"text {number}", "lang": "en"})
+    index_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setattr(host, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(host, "LONGEST_PAUSE_S", 0.02)
+    with serving(folder.parent) as running:
+        yield running
+
+
+def data_config(place, cache: Path, **remote) -> AudioDataConfig:
+    settings = {"cache_dir": str(cache), "tries": 3, "timeout_seconds": 10.0}
+    return AudioDataConfig(train=[str(place)], remote=RemoteConfig(**(settings | remote)))
+
+
+def planned(cfg: AudioDataConfig):
+    return cfg.training(micro_batch_seconds=8.0, micro_batches=2, seed=1, sample_rate=RATE, require_text=True)
+
+
+def an_epoch(batches, *, num_workers: int = 0):
+    shares = (micro_batch for step in batches.plan.steps(epochs=1) for micro_batch in step.micro_batches)
+    return list(make_loader(batches, shares, num_workers=num_workers))
+
+
+def assert_same_batches(found, expected):
+    assert [batch.keys for batch in found] == [batch.keys for batch in expected]
+    for one, other in zip(found, expected):
+        assert torch.equal(one.waveforms_BN, other.waveforms_BN)
+        assert (one.texts, one.meta, one.bad) == (other.texts, other.meta, other.bad)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_on_a_server_gives_the_batches_of_the_folder(server, folder, tmp_path, num_workers):
+    local, remote = planned(data_config(folder, tmp_path)), planned(data_config(f"{server.url}/train", tmp_path))
+    assert remote.fingerprint == local.fingerprint, "a run may go on when its shards move to a server"
+    expected = an_epoch(local)
+    assert sum(map(len, expected)) == SHARDS * UTTERANCES and not any(batch.bad for batch in expected)
+    assert_same_batches(an_epoch(remote, num_workers=num_workers), expected)
+    # The second epoch, and a second run, find everything in the cache.
+    server.requests.clear()
+    assert_same_batches(an_epoch(planned(data_config(f"{server.url}/train", tmp_path)), num_workers=2), expected)
+    assert {request.path for request in server.requests} == {"/train/shards.npy"}
+
+
+def test_batches_are_the_same_whatever_fails_on_the_way(server, folder, tmp_path):
+    expected = an_epoch(planned(data_config(folder, tmp_path)))
+    server.faults.extend([503, None, "cut", "short", None, "reset", 429, None, "cut", 500] * 3)
+    remote = planned(data_config(f"{server.url}/train", tmp_path / "cache", tries=6))
+    assert_same_batches(an_epoch(remote), expected)
+    assert not server.faults, "not all of the faults were met"
+
+
+def test_one_utterance_is_read_without_its_shard(server, folder, tmp_path):
+    corpus = Corpus.open(f"{server.url}/train", remote=RemoteConfig(cache_dir=str(tmp_path)))
+    at = corpus.index(1)[5]
+    server.requests.clear()
+    audio = PayloadReader().read(corpus.shards[1], offset=int(at["audio_offset"]), size=int(at["audio_size"]))
+    lies_at = int(at["audio_offset"])
+    assert audio == (folder / "shard-000001.tar").read_bytes()[lies_at : lies_at + int(at["audio_size"])]
+    assert server.requests == [("/train/shard-000001.tar", lies_at, lies_at + int(at["audio_size"]))]
+
+
+def test_neighbours_are_fetched_at_once_and_distant_ranges_apart(server, tmp_path):
+    path = located(f"{server.url}/train/shard-000000.tar", RemoteConfig(cache_dir=str(tmp_path)))
+    near = [Range(path, 1000 * i, 500) for i in range(4)]
+    far = Range(path, 4000 + NEIGHBOURS, 100)
+    other = Range(path.parent / "shard-000001.tar", 0, 100)
+    assert [len(group) for group in together(sorted([other, far, *near]))] == [4, 1, 1]
+    path.store.start([*near, far, other])
+    for each in [*near, far, other]:
+        content = path.store.read(each.path, offset=each.offset + 10, size=each.size - 20)
+        assert content == PayloadReader().read(each.path, offset=each.offset + 10, size=each.size - 20)
+    path.store.drop([*near, far, other])
+    assert len(server.requests) == 3
+
+
+def test_ranges_that_were_dropped_take_no_memory(server, tmp_path):
+    cfg = RemoteConfig(cache_dir=str(tmp_path))
+    store, path = RemoteStore(cfg), RemotePath(f"{server.url}/train/shard-000000.tar", astuple(cfg))
+    for _ in range(3):
+        ranges = [Range(path, offset, 100) for offset in (0, 200, 9000)]
+        store.start(ranges)
+        store.start(ranges)  # started already
+        store.drop(ranges)
+    assert not store._started
+
+
+def test_the_loader_reads_ahead_by_the_plan(server, folder, tmp_path):
+    remote = planned(data_config(f"{server.url}/train", tmp_path, read_ahead=4))
+    expected = an_epoch(planned(data_config(folder, tmp_path)))
+    server.delay_s = 0.2
+    shares = (micro_batch for step in remote.plan.steps(epochs=1) for micro_batch in step.micro_batches)
+    loader, found, waits = iter(make_loader(remote, shares)), [], []
+    while True:
+        started = time.monotonic()
+        if (batch := next(loader, None)) is None:
+            break
+        waits.append(time.monotonic() - started)
+        found.append(batch)
+        time.sleep(0.3)  # the step that trains on it
+    assert_same_batches(found, expected)
+    assert np.median(waits[4:]) < 0.1 < server.delay_s, f"waited {waits}: the plan was not read ahead"
+    assert server.most_under_way > 1
+
+
+def test_a_host_that_goes_away_ends_the_run_and_says_so(server, tmp_path):
+    remote = planned(data_config(f"{server.url}/train", tmp_path, tries=2))
+    for number_of_workers in (0, 2):
+        shares = (micro_batch for step in remote.plan.steps(epochs=1) for micro_batch in step.micro_batches)
+        loader = iter(make_loader(remote, shares, num_workers=number_of_workers))
+        server.always = None
+        server.always = 503
+        with pytest.raises(HostError, match=rf"{server.url}/train/shard-.*no good answer in 2 tries.*503"):
+            list(loader)
+
+
+def test_a_shard_that_is_gone_is_counted_by_utterance_as_on_a_disk(server, folder, tmp_path):
+    for place in ("local", "served"):
+        shutil.copytree(folder, tmp_path / place)
+    (tmp_path / "served" / "shard-000001.tar").unlink()
+    with serving(tmp_path) as half:
+        remote = planned(data_config(f"{half.url}/served", tmp_path / "cache"))
+        found = an_epoch(remote)
+    bad = [bad for batch in found for bad in batch.bad]
+    assert len(bad) == UTTERANCES and {Path(each.shard).name for each in bad} == {"shard-000001.tar"}
+    assert all("no such file" in each.reason for each in bad)
+
+
+def test_a_place_without_a_list_says_what_writes_one(server, tmp_path):
+    with pytest.raises(ValueError, match=r"/elsewhere: its server has no shards.npy.*seedling index FOLDER"):
+        Corpus.open(f"{server.url}/elsewhere", remote=RemoteConfig(cache_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="gs://bucket/train: shards are read from folders, http"):
+        Corpus.open("gs://bucket/train")
+
+
+def test_an_index_that_is_not_the_listed_one_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    index = index_path(tmp_path / "train" / "shard-000002.tar")
+    rows = np.load(index)
+    rows["samples"][0] += 1
+    np.save(index, rows)
+    with serving(tmp_path) as changed:
+        corpus = Corpus.open(f"{changed.url}/train", remote=RemoteConfig(cache_dir=str(tmp_path / "cache"), tries=2))
+        corpus.index(1)
+        with pytest.raises(HostError, match=r"shard-000002.index.npy: .*not the file which shards.npy lists"):
+            corpus.index(2)
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] in ("aiohttp", "s3fs"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for url in ("http://127.0.0.1:9/train", "s3://bucket/train"):
+        with pytest.raises(HostError, match=r"pip install 'seedling\[remote\]'"):
+            Corpus.open(url, remote=RemoteConfig(cache_dir=str(tmp_path)))
+
+
+def test_a_remote_path_names_its_parts_like_a_path():
+    path = located("https://host.org:80/data/train/shard-000001.tar")
+    assert (path.name, path.stem, str(path.parent)) == (
+        "shard-000001.tar",
+        "shard-000001",
+        "https://host.org:80/data/train",
+    )
+    assert str(index_path(path)) == "https://host.org:80/data/train/shard-000001.index.npy"
+    assert path == located(str(path)) and len({path, located(str(path))}) == 1
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert located("/data/train") == Path("/data/train")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("tries", 0), ("connections", 0), ("cache_gigabytes", 0), ("timeout_seconds", -1.0)]
+)
+def test_settings_of_a_server_that_cannot_work_are_named(setting, value):
+    with pytest.raises(ValueError, match=rf"data.remote.{setting} is {value}; it must be"):
+        RemoteConfig(**{setting: value})
+
+
+# --- real servers
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port} after a minute")
+
+
+@pytest.fixture
+def nginx(folder, tmp_path):
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+    port, config = free_port(), tmp_path / "nginx.conf"
+    config.write_text(
+        f"""
+        daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/errors;
+        events {{}}
+        http {{
+            access_log {tmp_path}/requests;
+            client_body_temp_path {tmp_path}/1; proxy_temp_path {tmp_path}/2; fastcgi_temp_path {tmp_path}/3;
+            uwsgi_temp_path {tmp_path}/4; scgi_temp_path {tmp_path}/5;
+            server {{ listen 127.0.0.1:{port}; root {folder.parent}; }}
+        }}
+        """
+    )
+    with subprocess.Popen([program, "-c", str(config), "-e", str(tmp_path / "errors")]) as process:
+        wait_for(port, process)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+def test_nginx_serves_training(nginx, folder, tmp_path):
+    expected = an_epoch(planned(data_config(folder, tmp_path)))
+    assert_same_batches(an_epoch(planned(data_config(f"{nginx}/train", tmp_path / "c")), num_workers=2), expected)
+    answers = [line.split('"')[2].split()[0] for line in (tmp_path / "requests").read_text().splitlines()]
+    assert answers.count("206") >= SHARDS, "no ranges were asked for"
+
+
+@pytest.fixture
+def s3(folder, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="the extra `remote` is not installed")
+    pytest.importorskip("moto", reason="moto, an S3 server for tests, is not installed")
+    pytest.importorskip("flask", reason="moto's server needs flask")
+    port = free_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    program = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
+        wait_for(port, process)
+        import s3fs
+
+        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+        bucket.mkdir("corpus")
+        bucket.put(str(folder), "corpus/train", recursive=True)
+        yield bucket
+        process.kill()
+
+
+def test_s3_serves_training(s3, folder, tmp_path):
+    expected = an_epoch(planned(data_config(folder, tmp_path)))
+    remote = planned(data_config("s3://corpus/train", tmp_path / "cache"))
+    assert_same_batches(an_epoch(remote, num_workers=2), expected)
+    index = Corpus.open("s3://corpus/train", remote=RemoteConfig(cache_dir=str(tmp_path / "other")))
+    missing = index.shards[0].parent / "shard-000009.tar"
+    with pytest.raises(FileNotFoundError, match=r"s3://corpus/train/shard-000009.tar: the server has no such file"):
+        PayloadReader().read(missing, offset=0, size=10)
+    with pytest.raises(ValueError, match=r"shard-000000.tar: ends before a byte"):
+        PayloadReader().read(index.shards[0], offset=10**9, size=10)
