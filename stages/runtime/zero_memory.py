@@ -20,6 +20,7 @@ keeps one for a matrix. Before training starts DeepSpeed has the whole model on 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
@@ -44,6 +45,7 @@ class Sizes(NamedTuple):
     largest: int  # parameter
     persistent: int  # in parameters so small that ZeRO-3 does not cut them up
     muon: int  # in matrices that Muon steps, which has one moment
+    workspace: int  # bytes of the optimizer's step itself
     buffers: int  # bytes
 
 
@@ -70,7 +72,9 @@ def model_sizes(stage: object, model: nn.Module, cfg: TrainConfig) -> Sizes:
     numels = [p.numel() for p in model.parameters()]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     threshold = zero_settings(cfg).param_persistence_threshold
-    of_groups = [(group.get("muon", False), sum(p.numel() for p in group["params"])) for group in optimizer.param_groups]
+    of_groups = [
+        (group.get("muon", False), sum(p.numel() for p in group["params"])) for group in optimizer.param_groups
+    ]
     return Sizes(
         trainable=trainable,
         frozen=sum(numels) - trainable,
@@ -78,8 +82,16 @@ def model_sizes(stage: object, model: nn.Module, cfg: TrainConfig) -> Sizes:
         largest=max(numels),
         persistent=sum(numel for numel in numels if numel < threshold),
         muon=sum(count for is_muon, count in of_groups if is_muon),
+        workspace=max((_muon_workspace(g["params"]) for g in optimizer.param_groups if g.get("muon")), default=0),
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
     )
+
+
+def _muon_workspace(parameters: list[nn.Parameter]) -> int:
+    """Bytes that Muon takes for the matrices of a shape, K of M by N: the momenta ahead, an iterate of Newton-Schulz
+    and the next one, and two Gram matrices."""
+    by_shape = Counter(tuple(p.shape) for p in parameters)
+    return max(FP32 * K * (3 * M * N + 2 * min(M, N) ** 2) for (M, N), K in by_shape.items())
 
 
 def zero_settings(cfg: TrainConfig, *, trainable: int = 1):
@@ -93,14 +105,19 @@ def zero_settings(cfg: TrainConfig, *, trainable: int = 1):
     return DeepSpeedZeroConfig(**config["zero_optimization"])
 
 
-def rank_memory(sizes: Sizes, trace: StepTrace, cfg: TrainConfig, *, ranks: int, accumulation: int) -> Memory:
+def rank_memory(
+    sizes: Sizes, trace: StepTrace, cfg: TrainConfig, *, ranks: int, accumulation: int, generation: int = 0
+) -> Memory:
     """Return the peak of one rank in the middle of a run, under the ZeRO stage and precision of `cfg`.
 
-    `trace` is of the largest micro-batch, and all micro-batches of a step are taken to be as large.
+    `trace` is of the largest micro-batch, and all micro-batches of a step are taken to be as large. `generation` bytes
+    are keys and values of hypotheses that are made in the forward pass, at most beside all that it saves.
     """
     held = _Held(sizes, cfg, ranks=ranks, accumulates=accumulation > 1)
     inputs = accumulation * trace.batch + sizes.buffers
     moments = [held.at("forward", 0, trace.forward_peak + inputs)]
+    if generation:
+        moments.append(held.at("generation", 0, trace.saved + generation + inputs))
     ready = 0
     for segment in trace.segments:
         ready += segment.gradient
@@ -164,7 +181,7 @@ class _Held:
         """In the optimizer's step."""
         N, share = self.sizes.trainable, FP32 * self.share
         if self.stage == 0:
-            return self._memory(FP32 * N, self._muon_workspace, inputs, "optimizer step")
+            return self._memory(FP32 * N, self.sizes.workspace, inputs, "optimizer step")
         if self.stage == 1 and self.bf16:
             return self._memory(self.kept, 0, inputs, "optimizer step")
         if self.stage == 3:
@@ -187,11 +204,6 @@ class _Held:
         cut = sizes.trainable + sizes.frozen - sizes.persistent
         reused = min(settings.max_reuse_distance // 2, settings.max_live_parameters)
         return self.width * min(cut, reused + settings.prefetch_bucket_size + sizes.largest)
-
-    @property
-    def _muon_workspace(self) -> int:
-        # Two momenta ahead, the stack of all matrices of a shape, and Newton-Schulz's iterate beside its products.
-        return 5 * FP32 * self.sizes.muon
 
     def _memory(self, gradients: int, buffers: int, activations: int, moment: str) -> Memory:
         return Memory(self.weights, self.masters, gradients, self.moments, buffers, activations, moment)
