@@ -158,7 +158,9 @@ class MWER(ContextualTraining):
 
     def _generated(self, model: AudioLLM, batch: AudioBatch, speech: SpeechOutput) -> Generated:
         if only_shapes(model):  # there is nothing to search in
-            lists = [[Hypothesis(ids)] * self.cfg.nbest.size for ids in self.transcripts(batch)]
+            # As dear as they can be: hypotheses that have no beginning in common.
+            size = self.cfg.nbest.size
+            lists = [[Hypothesis(ids[n:] + ids[:n]) for n in range(size)] for ids in self.transcripts(batch)]
             return Generated(lists, version=0, seconds=0.0)
         known = {} if model.varies_in_training else {"speech": speech.detach()}
         return self.generation.of(model, batch, **known)

@@ -8,8 +8,6 @@ from ..placement import Placement, add_placement, placement_of
 
 SHOWN = 5  # bad utterances of a micro-batch
 
-LATE = 2**40  # index of a micro-batch that comes after any phase of a run
-
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add the parsers of this family."""
@@ -115,13 +113,14 @@ def check_validation(stage: Any, cfg: Any) -> None:
 
 def check_set(title: str, planned: Any, stage: Any) -> tuple[Any, Any]:
     """Print what a pass over planned batches holds and its dearest micro-batch; return its summary and that batch."""
+    from ...stages.runtime.stage import LATE
+
     summary = planned.plan.summary(0)
     print(f"{title}: {summary.steps:,} steps, {summary.micro_batches:,} micro-batches")
     print(f"  of {planned.plan.amount(summary)}")
     if summary.num_refused:
         first = summary.refused[0]
         print(f"  refused by the limits: {summary.num_refused:,}, the first {first.key}: {first.reason}")
-    # An index beyond any stage's first steps, which may use a part of the model only.
     batch = planned.dataset[summary.largest._replace(index=LATE)]
     print(f"  dearest micro-batch: {batch.amount}, normaliser {stage.count(batch):,}, {len(batch.bad)} bad")
     for bad in batch.bad[:SHOWN]:

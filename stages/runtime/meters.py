@@ -104,6 +104,13 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is set to what is in use now
 
 
+def resident_gb() -> float:
+    """What the process has in memory before a model is in it; 0 on a GPU, where only tensors are counted."""
+    if torch.cuda.is_available():
+        return 0.0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e9
+
+
 def peak_memory_gb() -> float:
     """This process's peak memory: of the GPU where there is one, else of the host (Linux counts it in KiB)."""
     if torch.cuda.is_available():

@@ -17,6 +17,8 @@ from .artifacts import Artifact, ArtifactSpec, ArtifactWriter
 from .feed import FedStep
 from .metrics import Metrics
 
+LATE = 2**40  # index of a micro-batch that comes after any phase of a run: early steps may use a part of the model only
+
 
 def on_meta() -> bool:
     """Whether a stage's model is only being measured (`seedling check`): shapes without weights, and no audio read."""

@@ -35,7 +35,7 @@ from .checkpoint import (
 from .engine import Engine, StepResult
 from .feed import FedStep, feed
 from .logs import RunLog
-from .meters import Meters, mean_metrics, peak_memory_gb
+from .meters import Meters, mean_metrics, peak_memory_gb, resident_gb
 from .parameters import format_table, numel, parameter_table
 from .schedule import lr_factor
 from .signals import Interrupted, StopRequest
@@ -64,6 +64,7 @@ class Trainer:
     def __init__(self, stage: TrainingStage, cfg: Any, *, run_dir: Path, world: World):
         self.stage, self.cfg, self.train, self.run_dir, self.world = stage, cfg, cfg.train, run_dir, world
         self.train.accumulation_steps(world.size)  # before anything slow
+        self.memory_before = resident_gb()
         torch.manual_seed(cfg.seed)
         self.inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)
         model = stage.build(cfg, self.inputs)
@@ -198,6 +199,8 @@ class Trainer:
         return self.meters.read() | {
             "train/lr": max(rates.values()),
             **{f"train/lr/{name}": rate for name, rate in rates.items()},
+            "train/mem_growth_gb": peak_memory_gb() - self.memory_before,
+            "train/ranks": self.world.size,
             "train/samples_seen": self.state.samples_seen,
             "train/epoch": self.state.epoch,
             "train/nonfinite_steps": self.state.nonfinite_steps,

@@ -1,0 +1,121 @@
+"""What a step costs by shapes alone, against closed forms and against the same step with real weights."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from seedling.stages.runtime.allocations import Allocations
+from seedling.stages.runtime.stage import StepOutput
+from seedling.stages.runtime.step_trace import trace_step
+
+B, D, H = 50, 64, 256
+
+
+@dataclass
+class Rows:
+    x_BD: Tensor
+    index: int = 0
+
+
+class TwoLayers:
+    """A stage whose first layer may be frozen, or recomputed."""
+
+    def __init__(self, *, recompute: bool = False):
+        self.recompute = recompute
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
+
+    def loss(self, model: nn.Module, batch: Rows) -> StepOutput:
+        first, act, last = model
+        if self.recompute:
+            h_BH = checkpoint(lambda x: act(first(x)).sin(), batch.x_BD, use_reentrant=False)
+        else:
+            h_BH = act(first(batch.x_BD)).sin()
+        return StepOutput(last(h_BH).square().sum())
+
+
+def trace(stage, *, frozen=(), precision="fp32"):
+    with torch.device("meta"):
+        model = stage.build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen)))
+    return trace_step(stage, model, Rows(torch.randn(B, D)), precision=precision)
+
+
+def test_operations_are_two_for_each_weight_and_row_and_pass():
+    flops = trace(TwoLayers()).flops
+    assert flops.forward == 2 * B * (D * H + H * D)
+    assert flops.backward == 2 * B * (D * H + 2 * H * D)  # nobody wants the gradient of the data
+    assert flops.recomputed == 0 and flops.model == flops.hardware
+
+
+def test_a_frozen_layer_has_no_gradient_of_its_weights():
+    frozen = trace(TwoLayers(), frozen=["2."])
+    assert frozen.flops.backward == 2 * B * (D * H + H * D)
+    assert sum(segment.gradient for segment in frozen.segments) == D * H + H
+    below = trace(TwoLayers(), frozen=["0."])
+    assert below.flops.backward == 2 * B * H * D
+
+
+def test_what_is_recomputed_counts_apart_and_is_not_kept():
+    plain, again = trace(TwoLayers()), trace(TwoLayers(recompute=True))
+    assert again.flops.model == plain.flops.model
+    assert again.flops.recomputed == 2 * B * D * H
+    assert again.saved < plain.saved
+
+
+def test_every_gradient_is_noted_once_when_it_is_whole():
+    segments = trace(TwoLayers()).segments
+    assert sum(segment.gradient for segment in segments) == 2 * D * H + D + H
+    assert [segment.gradient for segment in segments if segment.gradient][-1] in (
+        D * H,
+        H,
+    )  # the first layer comes last
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_shapes_alone_give_the_memory_of_real_weights(precision):
+    stage = TwoLayers()
+    found = trace(stage, precision=precision)
+    model, batch = stage.build(), Rows(torch.randn(B, D))
+    if precision == "bf16":
+        model.bfloat16()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with Allocations([*model.parameters(), batch.x_BD]) as memory:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            loss = stage.loss(model, batch).loss_sum
+        loss = loss.float()
+        assert (memory.live, memory.restart_peak()) == (found.saved, found.forward_peak)
+        loss.backward()
+    assert memory.peak == max(segment.peak for segment in found.segments)
+
+
+class Attends:
+    def build(self) -> nn.Module:
+        return nn.Linear(D, 3 * D, bias=False)
+
+    def loss(self, model: nn.Module, batch: Rows) -> StepOutput:
+        q, k, v = (part.view(1, 1, -1, D) for part in model(batch.x_BD).chunk(3, dim=-1))
+        return StepOutput(scaled_dot_product_attention(q, k, v).sum())
+
+
+def test_attention_counts_by_the_square_of_its_length():
+    flops = trace(Attends()).flops
+    assert flops.forward == 2 * B * D * 3 * D + 2 * (2 * B * B * D)
+
+
+class Chooses(TwoLayers):
+    def loss(self, model: nn.Module, batch: Rows) -> StepOutput:
+        y = model(batch.x_BD)
+        return StepOutput(y[y > 0].sum())
+
+
+def test_a_step_that_hangs_on_values_says_so():
+    with pytest.raises(ValueError, match=r"stage Chooses: aten\.\S+ needs the values .*seedling run"):
+        trace(Chooses())
