@@ -126,16 +126,10 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
             f"{now.data_fingerprint[:16]} (corpus, labels, plan limits, seed or batch size changed); "
             f"to train on the new data, {away}"
         )
-    if state.zero_stage != now.zero_stage:
+    if bool(state.zero_stage) != bool(now.zero_stage):
         raise ValueError(
             f"{checkpoint}: written with ZeRO stage {state.zero_stage}, this run uses {now.zero_stage}; set "
-            f"train.zero_stage={state.zero_stage}, or {away}"
-        )
-    if state.world_size != now.world_size and state.zero_stage:
-        raise ValueError(
-            f"{checkpoint}: its ZeRO-{state.zero_stage} optimizer state is cut for {state.world_size} processes, "
-            f"this run has {now.world_size}; start {state.world_size} processes, or {away}. "
-            "Stage 0 resumes on any number"
+            f"train.zero_stage={state.zero_stage}, or {away}. Stages 1, 2 and 3 go on from one another"
         )
     optimizers = [config.get("train", {}).get("optimizer", "adamw") for config in (state.config, now.config)]
     if optimizers[0] != optimizers[1]:
@@ -145,12 +139,20 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
         )
     if problem := misfit(state.shapes, now.shapes):
         raise ValueError(f"{checkpoint}: {problem} ({why}); set that back, or {away}")
-    if state.world_size == now.world_size and state.frozen_digests != now.frozen_digests:
+    if _frozen_differ(state, now):
         raise ValueError(
             f"{checkpoint}: the frozen weights are not those that the run started with ({why}); "
             f"set that back, or {away}"
         )
     return changes
+
+
+def _frozen_differ(state: TrainState, now: TrainState) -> bool:
+    """Whether frozen weights are known to differ. Under stage 3 ranks hash their shards, which other ranks cut anew."""
+    if 3 not in (state.zero_stage, now.zero_stage):
+        return state.frozen_digests[:1] != now.frozen_digests[:1]
+    same_cut = (state.world_size, state.zero_stage) == (now.world_size, now.zero_stage)
+    return same_cut and state.frozen_digests != now.frozen_digests
 
 
 def misfit(saved: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:

@@ -19,6 +19,7 @@ import io
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ from .ds_config import deepspeed_config
 from .metrics import Metrics, add_metrics
 from .optimizer import make_optimizer
 from .parameters import digest, freeze_others, numel, optimizer_groups
+from .recut import load_recut
 from .seeds import seed_forward
+from .shards import Shards
 from .stage import TrainingStage
 from .stopwatch import Stopwatch
 from .train_config import TrainConfig
@@ -257,7 +260,13 @@ class Engine:
         """Write weights and optimizer shards; frozen weights are left out, the stage builds them again."""
         self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
-    def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote. Not strict: frozen weights are not in it, and check_resumable compared the rest."""
+    def load(self, folder: str, tag: str, *, ranks: int, zero_stage: int) -> None:
+        """Read what `save` wrote on so many ranks under such a stage.
+
+        Not strict: frozen weights are not in it, and check_resumable compared the rest.
+        """
+        if zero_stage and (ranks, zero_stage) != (self.world.size, self.zero_stage):
+            load_recut(self.ds, Shards(Path(folder) / tag), world=self.world)
+            return
         path, _ = self.ds.load_checkpoint(folder, tag=tag, load_module_strict=False)
         assert path is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"

@@ -243,7 +243,8 @@ class Trainer:
         if not self.train.keep_best or best["step"] == self.state.step:
             return
         self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
-        self.engine.load(str(self.checkpoints / checkpoint_name(best["step"])), SHARDS)
+        checkpoint = self.checkpoints / checkpoint_name(best["step"])
+        self.load_weights(checkpoint, load_state(checkpoint))
         self.measure()  # which step was the best stays said: sums in another order may give another last digit
 
     def _require_validation_set_of_best(self) -> None:
@@ -275,8 +276,8 @@ class Trainer:
             return
         state = load_state(checkpoint)
         changes = check_resumable(state, self.state, checkpoint=checkpoint)
-        self.engine.load(str(checkpoint), SHARDS)
-        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "shapes", "config", "world_size")}
+        self.load_weights(checkpoint, state)
+        kept = {f: getattr(self.state, f) for f in ("frozen_digests", "shapes", "config", "world_size", "zero_stage")}
         self.state = replace(state, **kept)
         if self.world.is_main:
             at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()
@@ -286,6 +287,9 @@ class Trainer:
             )
             for change in changes:
                 log.warning(f"config changed since the checkpoint: {change}")
+
+    def load_weights(self, checkpoint: Path, state: TrainState) -> None:
+        self.engine.load(str(checkpoint), SHARDS, ranks=state.world_size, zero_stage=state.zero_stage)
 
     @property
     def checkpoints(self) -> Path:

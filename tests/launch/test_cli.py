@@ -31,6 +31,7 @@ COMMANDS = [
     "tune-decoding",
     "transcribe",
     "inspect",
+    "export-checkpoint",
 ]
 # In front of what is there: a checkout that is only on the path must not be tested with another one's processes.
 PATHS = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -67,8 +67,9 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
     ("change", "message"),
     [
         ({"data_fingerprint": "other"}, "training on data .*start it in another run_dir, or with train.resume=never"),
-        ({"zero_stage": 1}, "written with ZeRO stage 2, this run uses 1; set train.zero_stage=2"),
-        ({"world_size": 4}, "cut for 2 processes, this run has 4; start 2 processes"),
+        ({"zero_stage": 0}, "written with ZeRO stage 2, this run uses 0; set train.zero_stage=2"),
+        ({"zero_stage": 1, "frozen_digests": ["x"]}, "frozen weights are not those"),
+        ({"world_size": 4, "frozen_digests": ["x"] * 4}, "frozen weights are not those"),
         ({"frozen_digests": ["x", "y"]}, r"frozen weights are not those .*\(an input or the build changed\)"),
         ({"shapes": {"a": [3, 2]}}, r"a has shape \[2, 2\] in it and \[3, 2\] in this run"),
         ({"shapes": {"a": [2, 2], "b": [1]}}, "it has no b, which this run trains"),
