@@ -117,7 +117,9 @@ def run_child(
     `meanwhile(pid, asked)` is called every POLL_SECONDS.
     """
     asked: list[int] = []
-    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in STOP_SIGNALS}
+    # What our parent has us ignore stays so (`nohup`), but for SIGUSR1, which our own children ignore at first.
+    heard = [n for n in STOP_SIGNALS if n == signal.SIGUSR1 or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in heard}
     try:
         child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_begin_child)
         handled, handled_at, called_at = 0, -math.inf, time.monotonic()
