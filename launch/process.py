@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..stages.runtime.rendezvous import RANK_VARIABLES
 from ..stages.runtime.signals import EXIT_INTERRUPTED
+from . import remote
 from .lifetime import end_with_parent
 from .placement import JOB_MODULE, Placement, deepspeed_command
 from .ranks import explain, first_failure
@@ -60,13 +61,11 @@ def launch_ranks(job_arguments: Sequence[str], *, placement: Placement, run_dir:
     cores = len(os.sched_getaffinity(0))
     variables = [*FOR_RANKS, threads_of(max(1, cores // placement.nproc))]
     command = deepspeed_command(placement, [*job_arguments, "--logs", str(logs)])
-    watch = _Watch(logs, began)
-    ended = run_child(
-        command,
-        environment=environment_with(variables, child_environment()),
-        stop=lambda launcher, signum: _signal(rank_pids(launcher), signal.SIGTERM),
-        meanwhile=watch.look,
-    )
+    environment = environment_with(variables, child_environment())
+    if placement.hostfile:
+        environment = remote.environment_for(logs, environment)
+    watch = _Watch(placement, logs, began)
+    ended = run_child(command, environment=environment, stop=watch.stop, meanwhile=watch.look)
     if not ended.code:
         return 0
     return explain(logs, since=began, code=EXIT_INTERRUPTED if ended.asked else ended.code)
@@ -75,22 +74,30 @@ def launch_ranks(job_arguments: Sequence[str], *, placement: Placement, run_dir:
 class _Watch:
     """Sees to it that a job of which a rank has failed, or which was asked to stop, ends."""
 
-    def __init__(self, logs: Path, began: float):
-        self.logs, self.began = logs, began
+    def __init__(self, placement: Placement, logs: Path, began: float):
+        self.hostfile, self.logs, self.began = placement.hostfile, logs, began
         self.failed_at: float | None = None
 
+    def stop(self, launcher: int, _: int) -> None:
+        """Ask all ranks to stop."""
+        self._signal_ranks(launcher, signal.SIGTERM)
+
     def look(self, launcher: int, asked: bool) -> None:
+        """End what waits for a failed rank, and a launcher that has no ranks any more."""
         now = time.monotonic()
         if self.failed_at is None and first_failure(self.logs, since=self.began) is not None:
             self.failed_at = now
-        if self.failed_at is None and not asked:
-            return
-        ranks = rank_pids(launcher)
-        if not ranks:
+        if (self.failed_at is not None or asked) and not self.hostfile and not rank_pids(launcher):
             # All that is left of DeepSpeed's launcher is its own end, which can take long on a busy machine.
             _signal([launcher], signal.SIGKILL)
         elif self.failed_at is not None and now - self.failed_at > GRACE_SECONDS:
-            _signal(ranks, signal.SIGKILL)
+            self._signal_ranks(launcher, signal.SIGKILL)
+
+    def _signal_ranks(self, launcher: int, signum: int) -> None:
+        if self.hostfile:
+            remote.signal_ranks(self.hostfile, self.logs, since=self.began, signum=signum)
+        else:
+            _signal(rank_pids(launcher), signum)
 
 
 def pass_on(child: int, signum: int) -> None:
@@ -110,7 +117,9 @@ def run_child(
     `meanwhile(pid, asked)` is called every POLL_SECONDS.
     """
     asked: list[int] = []
-    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in STOP_SIGNALS}
+    # What our parent has us ignore stays so (`nohup`), but for SIGUSR1, which our own children ignore at first.
+    heard = [n for n in STOP_SIGNALS if n == signal.SIGUSR1 or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, lambda signum, _: asked.append(signum)) for signum in heard}
     try:
         child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_begin_child)
         handled, handled_at, called_at = 0, -math.inf, time.monotonic()

@@ -50,8 +50,14 @@ def run_on(stage: str, config: str | None, *, overrides: list[str], placement: P
     stage_class, loaded = load_stage_config(stage, config, overrides=overrides)
     if not hasattr(stage_class, "run"):
         loaded.config.train.accumulation_steps(placement.size)
+    run_dir = Path(loaded.config.run_dir)
     arguments = [stage, *(["--config", config] if config else []), *overrides]
-    return launch_ranks(arguments, placement=placement, run_dir=Path(loaded.config.run_dir))
+    if placement.hostfile:  # shells on the way would change quotes and brackets
+        resolved = run_dir / "launch" / "config.yaml"
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        resolved.write_text(loaded.to_yaml(), encoding="utf-8")
+        arguments = [stage, "--config", str(resolved.resolve())]
+    return launch_ranks(arguments, placement=placement, run_dir=run_dir)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ..placement import LOOPBACK, Placement, hosts_of
+from ..remote import check_forwarded
 from ..variables import environment_with, shell_lines
 from .cluster import ClusterConfig
 from .jobs import Job, shown
@@ -23,6 +24,7 @@ def hostfile_placement(cluster: ClusterConfig, *, node_rank: int | None) -> Plac
         raise ValueError("--on hostfile needs a file with a line `HOST slots=N` for each machine; give --hostfile FILE")
     hosts = hosts_of(cluster.hostfile)
     if node_rank is None:
+        check_forwarded(cluster.environment)
         return Placement(hostfile=cluster.hostfile)
     if len(set(hosts.values())) > 1:
         raise ValueError(f"{cluster.hostfile}: without ssh every machine needs the same number of slots: {hosts}")

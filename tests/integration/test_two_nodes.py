@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import two_nodes
+import yaml
 
 from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
@@ -39,8 +40,8 @@ def nodes():
 
 
 @pytest.fixture
-def launch(nodes, tmp_path):
-    """A function that starts a config on both machines; what still runs at the end is killed."""
+def job(nodes, tmp_path):
+    """A function that runs `launch` of a config on a machine; what still runs at the end is killed."""
     (tmp_path / "hosts").write_text("".join(f"{node.address} slots=2\n" for node in nodes))
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     toys = [str(TESTS / "launch"), str(TESTS / "stages/runtime")]
@@ -48,31 +49,27 @@ def launch(nodes, tmp_path):
     environment = {**inherited, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen] = []
 
-    def start(config: str, *overrides: str) -> list[subprocess.Popen]:
-        options = ["--on", "hostfile", "--hostfile", "hosts", "--no_ssh", "--max-restarts", "0"]
-        cluster = ["cluster.gpus=false", f"cluster.interface={two_nodes.INTERFACE}"]
-        for rank, node in enumerate(nodes):
-            command = [
-                sys.executable,
-                "-m",
-                "seedling.launch.cli",
-                "launch",
-                config,
-                *options,
-                "--node_rank",
-                str(rank),
-            ]
-            with (tmp_path / f"node{rank}.log").open("ab") as out:
-                process = subprocess.Popen(
-                    node.command(*command, *cluster, *overrides), cwd=tmp_path, env=environment, stdout=out, stderr=out
-                )
-            started.append(process)
-        return started[-2:]
+    def start(on: int, config: str, *words: str, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "seedling.launch.cli", "launch", config, "--on", "hostfile"]
+        command += ["--hostfile", "hosts", "--max-restarts", "0", *words]
+        command += ["cluster.gpus=false", f"cluster.interface={two_nodes.INTERFACE}"]
+        with (tmp_path / f"node{on}.log").open("ab") as out:
+            process = subprocess.Popen(
+                nodes[on].command(*command), cwd=tmp_path, env={**environment, **variables}, stdout=out, stderr=out
+            )
+        started.append(process)
+        return process
 
     yield start
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def launch(job):
+    """A function that starts a config on both machines, as without ssh."""
+    return lambda config: [job(rank, config, "--no_ssh", "--node_rank", str(rank)) for rank in (0, 1)]
 
 
 def said(folder: Path) -> str:
@@ -120,3 +117,23 @@ def test_an_error_on_one_machine_ends_both_with_its_traceback_and_its_code(launc
         shown = (tmp_path / f"node{rank}.log").read_text()
         assert "RuntimeError: the last rank cannot go on" in shown and "rank 3" in shown, said(tmp_path)
     assert time.monotonic() - began < 300  # the other ranks would sleep for ten minutes
+
+
+def test_over_ssh_one_command_starts_and_stops_both_machines(job, nodes, tmp_path):
+    reason = two_nodes.ssh_missing()
+    if reason:
+        pytest.skip(reason)
+    text = 'it\'s $(a) "b" [c]'
+    config = {"stage": "toy_stages:Count", "run_dir": "runs/count", "fail": "stop", "sleep_seconds": 600, "text": text}
+    (tmp_path / "count.yaml").write_text(json.dumps(config))
+    (tmp_path / "ssh").mkdir()
+    with two_nodes.reachable_by_ssh(nodes, tmp_path / "ssh") as variables:
+        launcher = job(0, "count.yaml", **variables)
+        deadline = time.monotonic() + 400
+        while len(list(tmp_path.glob("runs/count/ready*"))) < 4:
+            assert time.monotonic() < deadline and launcher.poll() is None, said(tmp_path)
+            time.sleep(0.2)
+        launcher.send_signal(signal.SIGTERM)
+        assert ends([launcher], tmp_path) == [75], said(tmp_path)
+    assert len(list(tmp_path.glob("runs/count/stopped*"))) == 4
+    assert yaml.safe_load((tmp_path / "runs/count/config.yaml").read_text())["text"] == text

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 INTERFACE = "cable"
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 class Node(NamedTuple):
@@ -60,6 +62,40 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             for pid in inside:
                 subprocess.run(["kill", "-9", pid], stderr=subprocess.DEVNULL)
             subprocess.run(["ip", "netns", "del", node.name], stderr=subprocess.DEVNULL)
+
+
+def ssh_missing() -> str:
+    """Say why machines here could not be reached over ssh as DeepSpeed does; "" where they can."""
+    absent = [name for name in ("sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(name, path=PATH) is None]
+    return f"no {', '.join(absent)}: apt-get install openssh-server pdsh" if absent else ""
+
+
+@contextmanager
+def reachable_by_ssh(nodes: Sequence[Node], folder: Path) -> Iterator[dict[str, str]]:
+    """Run sshd on every machine, with keys and settings of its own in `folder`; yield what PATH has to be to use it."""
+    for name in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
+        "PermitRootLogin yes\nPidFile none\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"IdentityFile {folder}/user_key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    )
+    (folder / "bin").mkdir()
+    (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+    (folder / "bin/ssh").chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd gives up its rights
+    servers = []
+    try:
+        for node in nodes:
+            command = [str(shutil.which("sshd", path=PATH)), "-D", "-f", str(folder / "sshd_config")]
+            servers.append(subprocess.Popen(node.command(*command, "-E", str(folder / f"{node.name}.log"))))
+        yield {"PATH": os.pathsep.join([str(folder / "bin"), PATH])}
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
 
 
 def _ip(*words: str) -> None:
