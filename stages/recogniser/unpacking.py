@@ -27,7 +27,7 @@ def unpack_recogniser(model: AudioLLM, *, gb: float | None, processes: int = 1) 
     ValueError where `gb` is given for it.
     """
     require_unpack_gb(gb)
-    parts = [model.llm, model.encoder, model.converter, *([model.ctc_head] if model.ctc_head else [])]
+    parts = [model.llm, model.encoder, model.converter, *([] if model.ctc_head is None else [model.ctc_head])]
     allowed = 1e9 * gb if gb is not None else 0.0
     if gb is None and model.device.type == "cpu":
         allowed = FREE_SHARE * psutil.virtual_memory().available / processes

@@ -14,7 +14,6 @@ from seedling.model import llm_scorer, static_cache, static_step
 from seedling.model.context_search import ContextPrompt, ContextScorer
 from seedling.model.decoding import DecodeConfig, decode
 from seedling.model.llm_scorer import TreeScorer
-from seedling.model.static_cache import bucket
 from seedling.model.static_step import CudaGraphs, StaticScorer, StaticSteps, is_static, takes_graphs
 
 
@@ -165,14 +164,6 @@ def test_who_takes_them(tiny_llm):
     assert is_static(tiny_llm("qwen3")) and not takes_graphs(tiny_llm("qwen3")), "there are no graphs on a CPU"
     assert not is_static(tiny_llm("gemma2")) and not is_static(tiny_llm("granite"))
     assert not is_static(tiny_llm("llama").train())
-
-
-def test_buckets_are_at_least_as_large_and_at_most_a_quarter_larger():
-    for size in range(1, 2000):
-        assert size <= bucket(size) <= 1.25 * size
-        assert size <= bucket(size, least=64) < size + max(64, size / 4) and bucket(size, least=64) % 64 == 0
-    assert len({bucket(size) for size in range(1, 65)}) <= 8 + 4 * 3
-    assert all(bucket(bucket(size)) == bucket(size) for size in range(1, 2000))
 
 
 @pytest.mark.gpu
