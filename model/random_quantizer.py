@@ -27,9 +27,9 @@ from .conformer import SUBSAMPLING, ConformerEncoder, valid_frames
 from .float32_buffers import Float32Buffers
 
 MIN_STD = 0.1  # of a mel bin after CMVN: digital silence and single frames are not blown up
-CHUNK_SCORES = (
-    1 << 20
-)  # cosines in memory at once: 8 MB, which a cache holds; four times as many take 2.5 times as long
+# Cosines in memory at once, by device. 8 MB fit in a CPU's cache, and four times as many take 2.5 times as long. A GPU
+# is done with them before the next chunk is launched: 16 codebooks of 4,000 frames would be a thousand launches.
+CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @dataclass
@@ -80,7 +80,8 @@ class RandomProjectionQuantizer(Float32Buffers):
             # The length of A x is the same for all codes of a frame, so the largest product is the largest cosine.
             projections_NXH = self.projection_NHX.double().mT
             codebooks_NHV = nn.functional.normalize(self.codebook_NVH.double(), dim=-1).mT
-            rows = max(1, CHUNK_SCORES // self.cfg.codebook_size)
+            chunk = CHUNK_SCORES.get(x_MX.device.type, CHUNK_SCORES["cuda"])
+            rows = max(1, chunk // self.cfg.codebook_size)
             labels_M = [
                 torch.cat([(z_MH @ codebook_HV).argmax(-1) for z_MH in (x_MX.double() @ projection_XH).split(rows)])
                 for projection_XH, codebook_HV in zip(projections_NXH, codebooks_NHV)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from seedling.model import random_quantizer
 from seedling.model.conformer import ConformerConfig, ConformerEncoder
 from seedling.model.features import Fbank, FeatureConfig
 from seedling.model.random_quantizer import QuantizerConfig, RandomProjectionQuantizer, stacked
@@ -48,6 +49,14 @@ def test_a_label_is_the_nearest_normalised_codebook_entry():
     for b, (T, L) in enumerate(zip(frames_B.tolist(), lengths_B.tolist())):
         expected = brute_force(features_BTF[b, :T].double().numpy(), codes)
         assert labels_BLN[b, :L].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 499, 500, 7777, 1 << 24])
+def test_codes_do_not_depend_on_how_many_cosines_are_in_memory(chunk, monkeypatch):
+    codes, x_MX = quantizer(num_codebooks=2), torch.randn(61, 4 * BINS, generator=torch.Generator().manual_seed(1))
+    expected = codes.codes(x_MX)
+    monkeypatch.setitem(random_quantizer.CHUNK_SCORES, "cpu", chunk)
+    assert torch.equal(codes.codes(x_MX), expected)
 
 
 def test_there_is_one_label_for_every_encoder_frame_of_every_length():
