@@ -65,17 +65,29 @@ def linear(M: int, layout: Layout) -> Call:
     return Call(regimes.linear, (x_MK, codes, scale_zero, None, layout))
 
 
+def gradients(M: int, layout: Layout) -> Call:
+    """Return the call of the gradients of inputs, scales and zeros, as fine-tuning has them: those in float32."""
+    from seedling.kernels.w2a16 import regimes
+
+    x_MK, codes, scale_zero = meta_arguments(layout, M)
+    dy_MN = torch.empty(M, layout.N, dtype=x_MK.dtype, device="meta")
+    wanted = {"wants_x": True, "wants_scale_zero": True}
+    return Call(regimes.gradients, (dy_MN, x_MK, codes, scale_zero.float(), layout), wanted)
+
+
 def compiled_table(*, bits: int, group_size: int) -> Iterator[str]:
     """Yield a Markdown table: every kernel that a layer of 8192 x 28672 launches, on three generations.
 
-    Registers and spilled bytes are a thread's, shared bytes a block's; blocks are those that fit a multiprocessor.
+    Registers and spilled bytes are a thread's, shared bytes a block's; blocks are those that fit a multiprocessor;
+    integer and issued are instructions a weight.
     """
     layout = Layout(28672, 8192, bits, group_size)
-    compiled = compile_calls([linear(M, layout) for M in BATCHES], capabilities=list(CAPABILITIES))
-    yield "| GPU | M | kernel | registers | spilled | shared | blocks | tensor cores | integer / weight | issued / weight |"
+    calls = {f"{M}": linear(M, layout) for M in BATCHES} | {"4096, backward": gradients(4096, layout)}
+    compiled = compile_calls(list(calls.values()), capabilities=list(CAPABILITIES))
+    yield "| GPU | M | kernel | registers | spilled | shared | blocks | tensor cores | integer | issued |"
     yield "|" + "---|" * 10
-    for capability, calls in compiled.items():
-        for M, launches in zip(BATCHES, calls):
+    for capability, found in compiled.items():
+        for M, launches in zip(calls, found):
             for one in {launch.instructions: launch for launch in launches}.values():
                 decode = decode_of(one)
                 spent = f"{decode.integer:.2f} | {decode.issued:.2f}" if decode else "- | -"

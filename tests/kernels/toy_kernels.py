@@ -55,7 +55,3 @@ def convert(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     convert_kernel[(1,)](x, y, BLOCK=x.numel())
     return y
-
-
-def refuse(x: Tensor) -> Tensor:
-    raise ValueError(f"{x.numel()} elements are not wanted")
