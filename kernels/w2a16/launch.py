@@ -14,6 +14,7 @@ from .packing import plane_columns
 from .scales import both_at_once
 
 BITS = (2, 4)
+LANE_CHANNELS = 16  # at most, that a lane loads at once
 
 
 class Hardware(NamedTuple):
@@ -54,6 +55,7 @@ def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 
 class Operands(NamedTuple):
     x_MK: Tensor  # rows contiguous
+    codes: Tensor  # int32, four channels an element, where N is a multiple of 16; else bytes
     both_GN: Tensor  # scale and zero, scales.both_at_once
     constants: dict[str, Any]
     hardware: Hardware
@@ -70,11 +72,20 @@ class Operands(NamedTuple):
             "BITS": bits,
             "GROUP": max(group_size, 0),
             "R": plane,
+            "RAGGED": bool(x_MK.shape[1] % plane),
             "FORM": form,
             "FAST": is_fast(x_MK.device, x_MK.dtype),
         }
-        rows_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
-        return cls(rows_MK, both_GN, constants, hardware_of(x_MK.device), plane)
+        M, K = x_MK.shape
+        # Kernels count in 32 bits within x.
+        rows_MK = x_MK if x_MK.stride(1) == 1 and (M - 1) * x_MK.stride(0) + K < 2**31 else x_MK.contiguous()
+        if codes.shape[1] % LANE_CHANNELS == 0:
+            codes = codes.view(torch.int32)
+        return cls(rows_MK, codes, both_GN, constants, hardware_of(x_MK.device), plane)
+
+    @property
+    def even(self) -> bool:
+        return self.codes.dtype == torch.int32
 
     @property
     def M(self) -> int:
