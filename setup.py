@@ -9,6 +9,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 FOLDERS = ["kernels", "model", "data", "quant", "stages", "launch"]
+REMOTE = ["fsspec[http]>=2026.9", "s3fs>=2026.9"]
 
 
 def packages() -> dict[str, str]:
@@ -64,12 +65,17 @@ setup(
     extras_require={
         "gpu": ["triton>=3.6"],
         "demo": ["espeakng-loader>=0.2.4"],
+        "remote": REMOTE,  # shards on http(s):// and s3://
         "dev": [
+            *REMOTE,
             "espeakng-loader>=0.2.4",
+            "flask>=3.1",  # for moto, an S3 server: its own extra for that asks for sixty more packages
+            "flask-cors>=6.0",
             "jiwer>=4.0",
             "kaldi_native_fbank>=1.23",
             "kubeflow-trainer-api>=2.3",
             "lhotse>=1.33",
+            "moto[s3]>=5.2",
             "pyright>=1.1.414",
             "pytest>=9.0",
             "pytest-xdist>=3.8",

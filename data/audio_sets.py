@@ -9,7 +9,7 @@ from .batches import PlannedBatches
 from .concat import ConcatConfig, joined
 from .contexts.draw import DrawnContexts, WithContexts
 from .frame_labels import FrameLabels
-from .index import Corpus
+from .index import Corpus, PathLike
 from .loader import AudioDataset
 from .plan import Plan, PlanConfig, PlanLimits, UtteranceIndex
 from .remote import RemoteConfig
@@ -90,7 +90,7 @@ class AudioDataConfig:
 
 
 def heldout(
-    folders: str | list[str],
+    folders: PathLike | list[str],
     limits: PlanLimits,
     *,
     micro_batch_seconds: float,

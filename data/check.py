@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import AudioError, audio_info, read_audio
-from .index import MissingIndex, find_tars, index_rows, meta_member, parse_meta, read_index
+from .index import MissingIndex, index_rows, local_tars, meta_member, parse_meta, read_index
 from .parallel import advance, over_shards
 from .tars import AUDIO_EXTENSIONS, Member, UtteranceMembers, group_members, scan_tar
 from .text_check import WITH_LATIN, character_problem, expected_scripts, mixed_word, scripts
@@ -62,7 +62,7 @@ class ShardReport(NamedTuple):
 
 def check_data(folder: str | Path, *, jobs: int = 1) -> list[Problem]:
     """Return all problems of the shards below `folder`, in their order. Raises ValueError where there are no shards."""
-    tars = find_tars(folder)
+    tars = local_tars(folder)
     names = [str(tar.relative_to(folder) if tar.is_relative_to(folder) else tar.name) for tar in tars]
     total = sum(tar.stat().st_size for tar in tars) // 2**20
     reports: dict[int, ShardReport] = dict(

@@ -187,7 +187,7 @@ def index_folder(folder: str | Path, *, jobs: int = 1, list_only: bool = False) 
 
     With `list_only` the indexes are taken as they are. Given a single tar there is no folder to list.
     """
-    tars = _find_local(Path(folder))
+    tars = local_tars(folder)
     work = _list_one if list_only else _index_one
     finished = dict(over_shards(work, tars, jobs=jobs, label="index", total=len(tars), unit="shards"))
     found = [finished[number] for number in range(len(tars))]
@@ -230,6 +230,14 @@ def find_tars(path: str | Path | RemotePath) -> list[Path | RemotePath]:
     """Return the tars of a folder (and its subfolders), here or on a server, a tar file or a glob pattern, sorted."""
     path = located(path)
     return list(ShardPaths([_open(path)])) if isinstance(path, RemotePath) else _find_local(path)
+
+
+def local_tars(path: str | Path) -> list[Path]:
+    """Return the tars of a folder for work that reads all of them, or writes: ValueError for a place on a server."""
+    place = located(path)
+    if isinstance(place, RemotePath):
+        raise ValueError(f"{place}: index and check-data read whole shards, in a folder; run them before the upload")
+    return _find_local(place)
 
 
 def _find_local(path: Path) -> list[Path]:

@@ -8,15 +8,19 @@ times. The audio that a manifest names may lie anywhere: it is its sizes and tim
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HASHED_WHOLE_BYTES = 64 * 2**20
+ON_SERVER = re.compile(r"(https?|s3)://\S+$")
 
 
 def fingerprint(path: str | Path) -> str:
     """Return a hash that changes when what lies at `path` does; "absent" where there is nothing."""
+    if ON_SERVER.match(str(path)):
+        return _of_corpus_on_server(str(path))
     path = Path(path)
     if path.is_file():
         return _of_file(path)
@@ -47,6 +51,19 @@ def audio_fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _of_corpus_on_server(url: str) -> str:
+    """Hash the list of its shards, which holds the hashes of their indexes; "absent" for whatever else is at a URL."""
+    from ..data.host import HostError
+    from ..data.remote import RemoteConfig, located
+    from ..data.shard_list import SHARD_LIST
+
+    try:
+        content = (located(url, RemoteConfig(tries=1, timeout_seconds=10.0)) / SHARD_LIST).read_bytes()
+    except (HostError, FileNotFoundError):
+        return "absent"
+    return hashlib.sha256(content).hexdigest()
+
+
 def _of_file(path: Path) -> str:
     if path.stat().st_size > HASHED_WHOLE_BYTES:
         return hashlib.sha256(_size_and_time(path).encode()).hexdigest()
@@ -62,7 +79,7 @@ def _size_and_time(path: str | Path) -> str:
 
 
 def paths_in(values: Any) -> Iterator[str]:
-    """Yield every text in nested values that names something on disk, glob patterns expanded.
+    """Yield every text in nested values that names something on disk, glob patterns expanded, or on a server.
 
     Only texts with a slash or a dot count: a value such as `model` is a word, even where a folder has that name.
     """
@@ -73,7 +90,9 @@ def paths_in(values: Any) -> Iterator[str]:
         for value in values:
             yield from paths_in(value)
     elif isinstance(values, str) and ("/" in values or "." in values) and len(values) < 4096 and "\n" not in values:
-        if glob.has_magic(values):
+        if ON_SERVER.match(values):
+            yield values
+        elif glob.has_magic(values):
             yield from sorted(glob.glob(values, recursive=True))
         elif Path(values).exists():
             yield values

@@ -167,7 +167,7 @@ class ClusterLabels:
         share = min(1.0, max(self.cfg.sample_share, self.cfg.sample_frames / every))
         enough_seconds = self.cfg.sample_frames / (share * frames_per_second)
         corpus = data.dataset.corpus
-        first_S = np.cumsum([0, *(len(corpus.index(shard)) for shard in range(len(corpus.shards)))])
+        first_S = np.cumsum([0, *corpus.rows_S])
         frames = [torch.zeros(0, encoder.encoder.cfg.dim, device=self.world.device)]
         ids = [torch.zeros(0, dtype=torch.int64)]
         planned = data.first_seconds(enough_seconds)[self.world.rank :: self.world.size]
@@ -203,7 +203,8 @@ class ClusterLabels:
 
     def _label(self, labeler: FrameLabeler, folder: Path) -> tuple[Tensor, list[str]]:
         """Write the missing label shards, each by one rank; return counts_K over all of them and their names."""
-        corpus = Corpus.open(list(dict.fromkeys([*self.cfg.data.train, *self.cfg.data.valid.values()])))
+        data = self.cfg.data
+        corpus = Corpus.open(list(dict.fromkeys([*data.train, *data.valid.values()])), remote=data.remote)
         names = [label_shard_name(number, path) for number, path in enumerate(corpus.shards)]
         mine = range(self.world.rank, len(names), self.world.size)
         bad = 0
@@ -227,7 +228,7 @@ class ClusterLabels:
         return self.world.sum_integers(torch.from_numpy(counts)), names
 
     def _planned(self, labeler: FrameLabeler, shard: Path) -> PlannedBatches:
-        return heldout(str(shard), self.cfg.data.limits, **self._reading(labeler.encoder))
+        return heldout(shard, self.cfg.data.limits, **self._reading(labeler.encoder))
 
     def _label_shard(self, labeler: FrameLabeler, shard: Path) -> dict[int, UtteranceLabels]:
         """Return {row: labels} of a shard, batched by its own plan; utterances that are unusable have none."""
@@ -269,7 +270,7 @@ def what_decides_the_centroids(cfg: ClusterLabelsConfig) -> dict[str, str]:
         name: getattr(cfg, name) for name in ("clusters", "sample_frames", "sample_share", "batch_seconds", "tolerance")
     }
     return {
-        "data.train": Corpus.open(cfg.data.train).fingerprint,
+        "data.train": Corpus.open(cfg.data.train, remote=cfg.data.remote).fingerprint,
         "settings": json.dumps({**settings, "seed": cfg.seed, "limits": asdict(cfg.data.limits)}),
     }
 

@@ -194,7 +194,7 @@ class MWER(ContextualTraining):
     def risks(self) -> Risks:
         rare: frozenset[str] = frozenset()
         if "rare" in self.cfg.risk.keywords:
-            shards = Corpus.open(self.cfg.data.train).shards
+            shards = Corpus.open(self.cfg.data.train, remote=self.cfg.data.remote).shards
             texts = (said.text for shard in shards for said in read_shard(shard, lang="").said)
             rare = rare_words(texts, max_count=self.cfg.risk.rare_max_count, normalize=self.normalize)
         return Risks(self.cfg.risk, normalize=self.normalize, rare=rare)

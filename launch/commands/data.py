@@ -37,9 +37,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     prepare_.add_argument("--jobs", type=int, default=cores)
     prepare_.set_defaults(action=prepare)
 
-    index_ = commands.add_parser("index", help="write the index of WebDataset shards that come from elsewhere")
+    index_ = commands.add_parser("index", help="write the index of foreign WebDataset shards, and their list")
     index_.add_argument("dir")
     index_.add_argument("--jobs", type=int, default=cores)
+    index_.add_argument(
+        "--list-only",
+        action="store_true",
+        help="write only shards.npy, the list, from the indexes as they are",
+    )
     index_.set_defaults(action=index)
 
     check = commands.add_parser("check-data", help="verify every utterance of a folder of shards; exit 1 names the bad")
@@ -96,7 +101,7 @@ def index(arguments: argparse.Namespace) -> None:
     """Index a folder of shards and print its totals."""
     from ...data.index import index_folder
 
-    found = index_folder(arguments.dir, jobs=arguments.jobs)
+    found = index_folder(arguments.dir, jobs=arguments.jobs, list_only=arguments.list_only)
     unreadable = f", {found.unreadable} unreadable (see `seedling check-data`)" if found.unreadable else ""
     hours = found.seconds / 3600
     print(f"{arguments.dir}: {found.shards} shards, {found.utterances:,} utterances, {hours:.2f} h{unreadable}")

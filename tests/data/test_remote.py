@@ -22,6 +22,7 @@ from range_server import serving
 from seedling.data import host
 from seedling.data.audio_sets import AudioDataConfig
 from seedling.data.batches import make_loader
+from seedling.data.check import check_data
 from seedling.data.host import HostError
 from seedling.data.index import Corpus, index_folder, index_path
 from seedling.data.payload import PayloadReader
@@ -147,6 +148,23 @@ def test_the_loader_reads_ahead_by_the_plan(server, folder, tmp_path):
     assert_same_batches(found, expected)
     assert np.median(waits[4:]) < 0.1 < server.delay_s, f"waited {waits}: the plan was not read ahead"
     assert server.most_under_way > 1
+
+
+def test_the_indexes_of_a_window_are_fetched_at_once(server, tmp_path):
+    server.delay_s = 0.3
+    remote = planned(data_config(f"{server.url}/train", tmp_path))
+    server.most_under_way = 0
+    next(remote.plan.steps())
+    assert {request.path for request in server.requests if "index" in request.path} == {
+        f"/train/shard-{number:06d}.index.npy" for number in range(SHARDS)
+    }
+    assert server.most_under_way == SHARDS
+
+
+def test_work_on_whole_shards_is_refused_on_a_server():
+    for work in (index_folder, check_data):
+        with pytest.raises(ValueError, match="s3://bucket/train: index and check-data read whole shards, in a folder"):
+            work("s3://bucket/train")
 
 
 def test_a_host_that_goes_away_ends_the_run_and_says_so(server, tmp_path):

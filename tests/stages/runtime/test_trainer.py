@@ -8,6 +8,7 @@ import torch
 from toy_jobs import load_weights, read_lines
 from toy_stage import ToyStage, toy_config
 
+from seedling.data.plan import Plan
 from seedling.stages.runtime.artifacts import load_artifact
 from seedling.stages.runtime.checkpoint import list_checkpoints
 from seedling.stages.runtime.parameters import digest
@@ -50,6 +51,21 @@ def test_the_logged_loss_is_a_sum_over_a_count(tmp_path):
 
 
 def test_epochs_consume_every_utterance_that_often(tmp_path):
+    train(tmp_path, train={"epochs": 2, "save_every": 0})
+    seen = [tuple(pair) for line in read_lines(tmp_path / "ledger.jsonl") for pair in line["utterances"]]
+    assert sorted(seen) == sorted([(0, row) for row in range(120)] * 2)
+
+
+@pytest.mark.parametrize("error", [0.5, 2.0])
+def test_epochs_too_long_to_be_counted_end_where_the_plan_does(tmp_path, monkeypatch, error):
+    """Whatever the estimate of their steps was: it serves the learning rate."""
+    exact = Plan.summary
+
+    def estimated(plan, epoch=0):
+        summary = exact(plan, epoch)
+        return summary._replace(steps=round(summary.steps * error), sampled_windows=1)
+
+    monkeypatch.setattr(Plan, "summary", estimated)
     train(tmp_path, train={"epochs": 2, "save_every": 0})
     seen = [tuple(pair) for line in read_lines(tmp_path / "ledger.jsonl") for pair in line["utterances"]]
     assert sorted(seen) == sorted([(0, row) for row in range(120)] * 2)
