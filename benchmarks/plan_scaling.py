@@ -19,9 +19,9 @@ import soundfile
 from seedling.data.index import index_path
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
-from seedling.launch.gpus import GPUS
 from seedling.launch.plan import RunPlan, pace, plan_run, setting
 from seedling.launch.stage_lookup import load_stage_config
+from seedling.stages.runtime.gpus import GPUS
 
 GB = 1e9
 GPU = GPUS["h200"]

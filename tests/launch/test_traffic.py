@@ -1,9 +1,7 @@
 """Bytes and seconds of communication, against what is known of rings."""
 
-import pytest
-
-from seedling.launch.gpus import GPUS, parse_gpu
 from seedling.launch.traffic import traffic
+from seedling.stages.runtime.gpus import GPUS
 from seedling.stages.runtime.train_config import TrainConfig
 from seedling.stages.runtime.zero_memory import Sizes
 
@@ -49,12 +47,3 @@ def test_latency_grows_with_the_ranks():
     of = {R: traffic(SIZES, config(3), ranks=R, accumulation=1) for R in (256, 1024)}
     more = of[1024].seconds(h100, 1024) - of[256].seconds(h100, 256)
     assert more > 1.1 * (of[1024].sent - of[256].sent) / h100.network
-
-
-def test_a_gpu_may_be_four_numbers():
-    gpu = parse_gpu("96,1979,450,100")
-    assert (gpu.memory, gpu.flops, gpu.node_link, gpu.network) == (96e9, 1979e12, 450e9, 100e9)
-    assert gpu.usable < gpu.memory - 2e9
-    for wrong in ("b300", "96,1979", "96,x,1,1", "1,1,1,1", "96,-1,1,1"):
-        with pytest.raises(ValueError, match="--gpu is"):
-            parse_gpu(wrong)
