@@ -182,9 +182,9 @@ def warm_up(work: Path, name: str) -> None:
     stage, cfg = loaded("pretrain_zero0", work)
     encoder = replace(cfg.encoder, dim=32, num_layers=1, num_heads=2, subsampling_channels=8)
     train = replace(loaded(name, work)[1].train, lr=SSL_LR)
-    cfg = replace(cfg, encoder=encoder, train=train, run_dir=str(work / "warm"))
-    (work / "warm").mkdir(exist_ok=True)
-    Trainer(stage(), cfg, run_dir=work / "warm", world=init_world()).fit()
+    cfg = replace(cfg, encoder=encoder, train=train, run_dir=str(work / f"{name}_warm"))
+    (work / f"{name}_warm").mkdir(exist_ok=True)
+    Trainer(stage(), cfg, run_dir=work / f"{name}_warm", world=init_world()).fit()
     gc.collect()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from .commands import artifacts, checkpoints, contextualize, data, launch, pipelines, plan, scaling, stages
+from .commands import artifacts, checkpoints, contextualize, data, doctor, launch, pipelines, plan, scaling, stages
 from .errors import USER_ERROR, report_errors
 
 
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="seedling", description="From raw speech to a deployed, context-aware recogniser.")
     parser.add_argument("--version", action="version", version=f"seedling {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
-    for family in (data, contextualize, stages, plan, pipelines, launch, scaling, artifacts, checkpoints):
+    for family in (data, contextualize, stages, plan, doctor, pipelines, launch, scaling, artifacts, checkpoints):
         family.add_commands(commands)
     return parser
 

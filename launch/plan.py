@@ -15,13 +15,13 @@ import torch
 
 from ..data.plan import PlanSummary
 from ..stages.runtime.artifacts import load_inputs
+from ..stages.runtime.gpus import GPU
 from ..stages.runtime.parameters import GroupRow, freeze_others, parameter_table
 from ..stages.runtime.stage import LATE
 from ..stages.runtime.step_trace import StepTrace, trace_step
 from ..stages.runtime.train_config import ZERO_STAGES, TrainConfig
 from ..stages.runtime.zero_memory import Memory, Sizes, model_sizes, rank_memory
 from .generation_memory import generation_bytes
-from .gpus import GPU
 from .traffic import Traffic, traffic
 
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..stages.runtime.gpus import GPU
 from ..stages.runtime.train_config import TrainConfig
 from ..stages.runtime.zero_memory import FP32, Sizes, zero_settings
-from .gpus import GPU
 
 HOP_SECONDS, NODE_HOP_SECONDS = 3.4e-6, 14e-6
 

@@ -28,7 +28,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 where the config fits on none of the numbers of ranks."""
-    from ..gpus import parse_gpu
+    from ...stages.runtime.gpus import parse_gpu
     from ..plan import nearest_fit, plan_run, settings
     from ..stage_lookup import load_stage_config
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from .engine import StepResult
+from .gpus import known_gpu
 from .metrics import Histogram, Metrics, add_metrics
 from .world import World
 
@@ -23,6 +24,7 @@ class Meters:
 
     def __init__(self, world: World):
         self.world = world
+        self.flops_per_second = 0.0  # of padded audio
         self.reset()
 
     def reset(self) -> None:
@@ -31,6 +33,10 @@ class Meters:
         self.characters = self.padded_characters = 0.0
         self.sums: Metrics = {}
         self.grad_norm = 0.0
+
+    def know_work(self, flops: float, *, padded_seconds: float) -> None:
+        """Note the operations of a micro-batch: those of others are taken to be as many for a second of audio."""
+        self.flops_per_second = flops / padded_seconds if padded_seconds else 0.0
 
     def waited(self, steps: Iterator[T]) -> Iterator[T]:
         """Yield the same items, adding up the time spent waiting for them."""
@@ -72,10 +78,20 @@ class Meters:
         if self.padded_seconds:
             metrics["train/audio_hours_per_s"] = self.seconds / 3600 / elapsed
             metrics["train/padding_frac_audio"] = 1 - self.seconds / self.padded_seconds
+            metrics |= self._work(elapsed)
         if self.padded_characters:
             metrics["train/padding_frac_text"] = 1 - self.characters / self.padded_characters
         self.reset()
         return metrics
+
+    def _work(self, elapsed: float) -> dict[str, float]:
+        """Return a rank's operations a second without recomputing, and MFU where the peak of the device is known."""
+        if not self.flops_per_second:
+            return {}
+        reached = self.flops_per_second * self.padded_seconds / elapsed / self.world.size
+        device = self.world.device
+        gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return {"train/tflops_per_s": reached / 1e12} | ({"train/mfu": reached / gpu.flops} if gpu else {})
 
 
 def mean_metrics(sums: Metrics, *, world: World) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -89,22 +89,31 @@ SHAPE_RULES = {
 
 
 class OperationCounter(TorchDispatchMode):
-    """Sums the floating point operations of matrix products, by phase."""
+    """Sums the floating point operations of matrix products, convolutions and attention, by pass."""
 
     def __init__(self):
         super().__init__()
-        self.phase = "forward"
         self.sums = {"forward": 0.0, "backward": 0.0, "recomputed": 0.0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = SHAPE_RULES.get(func, func)(*args, **kwargs)
+        rule = SHAPE_RULES.get(func, func) if args and isinstance(args[0], FakeTensor) else func
+        out = rule(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            # A backward pass has no gradients of its own; what it runs with gradients is recomputed.
-            phase = "recomputed" if self.phase == "backward" and torch.is_grad_enabled() else self.phase
-            self.sums[phase] += formula(*args, **kwargs, out_val=out)
+            self.sums[_which_pass()] += formula(*args, **kwargs, out_val=out)
         return out
+
+    @property
+    def flops(self) -> Flops:
+        return Flops(**self.sums)
+
+
+def _which_pass() -> str:
+    if torch._C._current_graph_task_id() == -1:
+        return "forward"
+    # A backward pass has no gradients of its own; what it runs with gradients is recomputed.
+    return "recomputed" if torch.is_grad_enabled() else "backward"
 
 
 def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision: str) -> StepTrace:
@@ -124,7 +133,6 @@ def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision:
             try:
                 loss = module(batch, torch.device("cpu"))
                 saved, forward_peak = memory.live, memory.restart_peak()
-                counter.phase = "backward"
                 loss.backward()
             except NEEDS_VALUES as error:
                 raise ValueError(
@@ -135,7 +143,7 @@ def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision:
     del loss
     gc.collect()
     size = sum(t.untyped_storage().nbytes() for t in tensors)
-    return StepTrace(saved, forward_peak, segments, Flops(**counter.sums), size)
+    return StepTrace(saved, forward_peak, segments, counter.flops, size)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from .parameters import format_table, numel, parameter_table
 from .schedule import lr_factor
 from .signals import Interrupted, StopRequest
 from .stage import LooksAhead, RunStage, TrainingStage, validation_sets
+from .step_trace import OperationCounter
 from .world import World, init_world
 
 log = logging.getLogger(__name__)
@@ -327,7 +328,9 @@ class Trainer:
             return
         last = self.total_steps * self.train.micro_batches - 1
         batch = self.data.dataset[self.summary.largest._replace(index=last)].to(self.world.device)
-        took = self.engine.dry_run(batch)
+        with OperationCounter() as counter:
+            took = self.engine.dry_run(batch)
+        self.meters.know_work(counter.flops.model, padded_seconds=batch.padded_seconds)
         self.log.say(
             f"dry run of the largest micro-batch: {batch.amount}, "
             f"took {took:.2f} s, peak memory {peak_memory_gb():.2f} GB"

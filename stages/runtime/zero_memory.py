@@ -120,8 +120,8 @@ def rank_memory(
         moments.append(held.at("generation", 0, trace.saved + generation + inputs))
     ready = 0
     for segment in trace.segments:
-        ready += segment.gradient
         moments.append(held.at("backward", ready, segment.peak + inputs))
+        ready += segment.gradient
     moments += [held.reducing(inputs), held.stepping(inputs), held.starting()]
     return max(moments, key=lambda memory: memory.total)
 

@@ -46,6 +46,11 @@ GPUS = {
 }
 
 
+def known_gpu(device_name: str) -> GPU | None:
+    """Return the GPU that a driver calls so, as `NVIDIA H100 80GB HBM3`."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_name.lower()), None)
+
+
 def parse_gpu(text: str) -> GPU:
     """Return the GPU of a name, or of `MEMORY_GB,TFLOPS,NODE_GB_S,NETWORK_GB_S`."""
     if text in GPUS:
