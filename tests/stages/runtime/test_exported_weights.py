@@ -11,7 +11,10 @@ from seedling.launch.cli import main
 from seedling.stages.runtime.checkpoint import list_checkpoints
 from seedling.stages.runtime.exported_weights import choose_checkpoint, write_weights
 
-KINDS = {**{f"zero{stage}": {"zero_stage": stage} for stage in range(4)}, "bf16": {"zero_stage": 1, "precision": "bf16"}}
+KINDS = {
+    **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
+    "bf16": {"zero_stage": 1, "precision": "bf16"},
+}
 
 
 @pytest.fixture(scope="module")
