@@ -9,6 +9,7 @@ All ranks need to see the same folder (a shared file system on several nodes).
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -16,11 +17,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from .files import describe_files, find_damage, list_files, publish, sync_tree, write_synced
 from .world import World
 
 SHARDS = "shards"
+# torch's writer fails without saying why; with less than this left, why is clear.
+NO_ROOM_BYTES = 50_000_000
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -59,28 +64,67 @@ def save_checkpoint(
     """Write a checkpoint on all ranks together, then delete all but the newest `keep_last` and that of `state.best`."""
     target = folder / checkpoint_name(state.step)
     staging = folder / f".{target.name}.partial"
-    if world.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    world.barrier()
-    save_shards(str(staging), SHARDS)
-    if world.is_main:
-        write_synced(staging / "state.json", json.dumps(asdict(state), indent=1))
-    world.barrier()
-    # Each rank hashes its share: one process would need a minute for the shards of a large model.
-    described = describe_files(staging, list_files(staging)[world.rank :: world.size])
-    shares = world.gather(described)
-    if world.is_main:
+    on_main = world.is_main
+    try:
+        _together(world, lambda: _begin(staging) if on_main else None)
+        _together(world, lambda: save_shards(str(staging), SHARDS))
+        _together(world, lambda: write_synced(staging / "state.json", _as_json(asdict(state))) if on_main else None)
+        # Each rank hashes its share: one process would need a minute for the shards of a large model.
+        shares = _together(world, lambda: describe_files(staging, list_files(staging)[world.rank :: world.size]))
         files = {name: facts for share in shares for name, facts in sorted(share.items())}
-        write_synced(staging / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=1))
-        sync_tree(staging)
-        publish(staging, target)
-        best = checkpoint_name(state.best["step"]) if state.best else ""
-        for old in list_checkpoints(folder)[keep_last:]:
-            if old.name != best:
-                shutil.rmtree(old)
+        manifest = _as_json({"step": state.step, "files": files})
+        _together(world, lambda: _finish(staging, target, manifest) if on_main else None)
+    except OSError as error:
+        raise _not_written(target, staging, error, world=world) from error
+    best = checkpoint_name(state.best["step"]) if state.best else ""
+    for old in list_checkpoints(folder)[keep_last:] if on_main else []:
+        if old.name != best:
+            shutil.rmtree(old)
     world.barrier()
     return target
+
+
+def _as_json(values: dict) -> str:
+    return json.dumps(values, indent=1)
+
+
+def _begin(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _finish(staging: Path, target: Path, manifest: str) -> None:
+    write_synced(staging / "manifest.json", manifest)
+    sync_tree(staging)
+    publish(staging, target)
+
+
+def _together(world: World, action: Callable[[], T]) -> list[T]:
+    """Return what `action` returns on every rank. Where it raises OSError on one, all raise it, none waits for ever."""
+    try:
+        outcome = action(), None
+    except OSError as error:
+        outcome = None, (error.errno, f"rank {world.rank}: {error}")
+    outcomes = world.gather(outcome)
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise OSError(*failures[0])
+    return [result for result, _ in outcomes]
+
+
+def _not_written(target: Path, staging: Path, error: OSError, *, world: World) -> Exception:
+    """Remove what was written and return what to raise: ValueError for a full disk, which a user has to mend."""
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+    world.barrier()
+    free = shutil.disk_usage(target.parent.parent).free
+    whole = ", ".join(path.name for path in list_checkpoints(target.parent)) or "none"
+    message = (
+        f"{target}: could not be written ({error.strerror}); {free / 1e9:.2f} GB are free. What was written of it is "
+        f"removed, other checkpoints there: {whole}; make room and start again to go on from the newest"
+    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or free < NO_ROOM_BYTES
+    return ValueError(message) if full else OSError(error.errno, message)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .deferring_writer import errors_deferred
 from .ds_config import deepspeed_config
 from .metrics import Metrics, add_metrics
 from .optimizer import make_optimizer
@@ -257,8 +258,12 @@ class Engine:
         return {name.removeprefix("model."): list(getattr(t, "ds_shape", t.shape)) for name, t in state.items()}
 
     def save(self, folder: str, tag: str) -> None:
-        """Write weights and optimizer shards; frozen weights are left out, the stage builds them again."""
-        self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        """Write weights and optimizer shards; frozen weights are left out, the stage builds them again.
+
+        A file that cannot be written raises OSError after all ranks are through with theirs.
+        """
+        with errors_deferred(self.ds):
+            self.ds.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str, tag: str, *, ranks: int, zero_stage: int) -> None:
         """Read what `save` wrote on so many ranks under such a stage.

@@ -42,11 +42,20 @@ class _Lines:
         beside = path.with_name(f".{path.name}.new")  # a kill leaves the old file or the new one
         beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(beside, path)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: {error.strerror}; make room and start again to go on from the last checkpoint"
+            ) from error
+
+    def sync(self) -> None:
+        """Force what was written to disk: a power cut must not take lines of steps that a checkpoint has."""
+        os.fsync(self.file.fileno())
 
 
 class RunLog:
@@ -100,6 +109,12 @@ class RunLog:
         """At the pace since the start or the resume, as h:mm:ss."""
         pace = (time.monotonic() - self.start) / max(1, step - self.first_step)
         return str(timedelta(seconds=round(pace * (self.total_steps - step))))
+
+    def sync(self) -> None:
+        """Force the files to disk; to be called before a checkpoint counts as written."""
+        if self.is_main:
+            self.metrics_file.sync()
+            self.ledger_file.sync()
 
     def close(self) -> None:
         if self.is_main:

@@ -14,6 +14,7 @@ import torch
 from .engine import StepResult
 from .gpus import known_gpu
 from .metrics import Histogram, Metrics, add_metrics
+from .stragglers import Stragglers
 from .world import World
 
 T = TypeVar("T")
@@ -25,10 +26,13 @@ class Meters:
     def __init__(self, world: World):
         self.world = world
         self.flops_per_second = 0.0  # of padded audio
+        self.stragglers = Stragglers(world)
+        self.remarks: list[str] = []
         self.reset()
 
     def reset(self) -> None:
         self.start = time.perf_counter()
+        self.steps = 0
         self.waiting = self.count = self.seconds = self.padded_seconds = 0.0
         self.characters = self.padded_characters = 0.0
         self.sums: Metrics = {}
@@ -50,6 +54,7 @@ class Meters:
 
     def add(self, result: StepResult, agreed: Any) -> None:
         """Count one step. A step that was dropped counts as time, audio and text, not in the loss."""
+        self.steps += 1
         self.seconds += agreed.seconds
         self.padded_seconds += agreed.padded_seconds
         self.characters += agreed.characters
@@ -64,8 +69,11 @@ class Meters:
     def read(self) -> dict[str, float]:
         """Return train/* and what has a prefix of its own since the last reading, over all ranks, and start anew.
 
-        What has no audio speaks of none.
+        What has no audio speaks of none. `remarks` then has what is to be said in words.
         """
+        forward = self.sums.get("time/forward_s", (0.0, 0))
+        busy = (self.waiting + float(forward[0])) / max(1, self.steps)
+        slowest, self.remarks = self.stragglers.compare(busy)
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         values = mean_metrics(self.sums, world=self.world)
         metrics = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
@@ -74,6 +82,7 @@ class Meters:
             "train/tokens_per_s": self.count / elapsed,
             "train/data_wait_frac": min(1.0, self.waiting / elapsed),
             "train/mem_peak_gb": peak_memory_gb(),
+            **slowest,
         }
         if self.padded_seconds:
             metrics["train/audio_hours_per_s"] = self.seconds / 3600 / elapsed

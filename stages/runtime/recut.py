@@ -1,9 +1,9 @@
 """A checkpoint of any number of ranks and ZeRO stage, loaded into an engine of another one.
 
-Each rank reads its own pieces out of the old shards: no conversion on disk, nobody to wait for. DeepSpeed's own way, its
-universal checkpoint, has one rank write every tensor into a file of its own; its loader leaves buffers out, gives all
-parameter groups the settings of the first under stage 3, and fails under stages 1 and 2 where a rank holds nothing of a
-small group (docs/log.md). Its converter is the reference in the tests.
+Each rank reads its own pieces out of the old shards: no conversion on disk, nobody to wait for. DeepSpeed's own way,
+its universal checkpoint, has one rank write every tensor into a file of its own; its loader leaves buffers out, gives
+all parameter groups the settings of the first under stage 3, and fails under stages 1 and 2 where a rank holds nothing
+of a small group (docs/log.md). Its converter is the reference in the tests.
 """
 
 from __future__ import annotations

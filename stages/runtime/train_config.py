@@ -70,6 +70,7 @@ class TrainConfig:
     num_workers: int = 0
     max_bad_fraction: float = 0.01
     max_nonfinite_steps: int = 10
+    hang_timeout: float = 1800.0  # seconds without a step, after which a rank writes its stacks and ends; 0: never
     resume: str = "auto"
     deepspeed_extra: dict[str, Any] = field(default_factory=dict)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -85,6 +86,8 @@ class TrainConfig:
         for name in ("micro_batch_seconds", "global_batch_seconds", "log_every", "keep_last"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.hang_timeout < 0:
+            raise ValueError(f"train.hang_timeout is {self.hang_timeout}; it must be seconds, or 0 to wait for ever")
         if self.global_batch_seconds < self.micro_batch_seconds:
             raise ValueError(
                 f"train.global_batch_seconds ({self.global_batch_seconds}) is less than train.micro_batch_seconds "

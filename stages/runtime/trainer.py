@@ -41,6 +41,7 @@ from .schedule import lr_factor
 from .signals import Interrupted, StopRequest
 from .stage import LooksAhead, RunStage, TrainingStage, validation_sets
 from .step_trace import OperationCounter
+from .watchdog import Watchdog
 from .world import World, init_world
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Trainer:
             world_size=world.size,
             zero_stage=self.engine.zero_stage,
         )
+        self.watchdog = Watchdog(run_dir, rank=world.rank, timeout=self.train.hang_timeout)
         self.latest_metrics: dict[str, float] = {}
         self.evaluated_step = -1
 
@@ -101,8 +103,11 @@ class Trainer:
                 agreed = self.agree(fed)
                 result = self.train_step(fed, agreed)
                 self.count_step(fed, agreed, result)
+                self.watchdog.beat(f"between steps {self.state.step} and {self.state.step + 1}")
                 if self.due(self.train.log_every):
                     self.log.metrics(self.state.step, self.train_metrics())
+                    for remark in self.meters.remarks:
+                        self.log.say(remark)
                 if self.due(self.train.eval_every):
                     self.evaluate()
                 if self.due(self.train.save_every) or agreed.stop or self.at_best():
@@ -224,7 +229,7 @@ class Trainer:
         for name, data in self.valid.items():
             with self.engine.evaluating() as model:
                 fed = feed(data, world=self._evaluators(), num_workers=self.train.num_workers, epochs=1)
-                sums = self.stage.evaluate(model, (b.to(self.world.device) for step in fed for b in step.batches))
+                sums = self.stage.evaluate(model, self._watched(fed, name))
             means = mean_metrics(sums, world=self.world)
             values |= {f"valid/{name}/{metric}": value for metric, value in means.items()}
         if values:
@@ -233,6 +238,12 @@ class Trainer:
             self.log.metrics(self.state.step, values)
             self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         return values
+
+    def _watched(self, steps: Iterator[FedStep], name: str) -> Iterator[Any]:
+        """Yield the batches of a validation set on this rank's device; each counts as progress."""
+        for number, step in enumerate(steps, 1):
+            self.watchdog.beat(f"evaluating batch {number} of {name} after step {self.state.step}")
+            yield from (batch.to(self.world.device) for batch in step.batches)
 
     def at_best(self) -> bool:
         """Whether the weights as they are have been evaluated, as the best so far."""
@@ -297,6 +308,8 @@ class Trainer:
         return self.run_dir / "checkpoints"
 
     def save(self) -> None:
+        self.watchdog.beat(f"writing the checkpoint of step {self.state.step}")
+        self.log.sync()
         save_checkpoint(
             self.checkpoints,
             self.state,
@@ -304,6 +317,7 @@ class Trainer:
             world=self.world,
             keep_last=self.train.keep_last,
         )
+        self.watchdog.beat(f"after the checkpoint of step {self.state.step}")
 
     def announce(self) -> None:
         """Say what is about to be trained on what."""
@@ -399,8 +413,10 @@ def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path
     check_target(run_dir / "artifact", kind=stage.produces, stage=cfg.stage)
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(stage, cfg, run_dir=run_dir, world=init_world())
-    trainer.fit()
-    return trainer.export().path
+    with trainer.watchdog:
+        trainer.fit()
+        trainer.watchdog.beat("exporting the artifact")
+        return trainer.export().path
 
 
 def run_computation(stage: RunStage, cfg: Any, *, run_dir: str | Path) -> Path:

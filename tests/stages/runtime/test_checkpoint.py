@@ -1,8 +1,13 @@
 """Checkpoints are whole or passed over; a run that was killed ends exactly like one that was not."""
 
+import errno
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,7 @@ from seedling.stages.runtime.signals import EXIT_INTERRUPTED
 from seedling.stages.runtime.trainer import run_training
 from seedling.stages.runtime.world import World
 
+HERE = str(Path(__file__).parent)
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -61,6 +67,43 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, tear, c
 def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
     write_checkpoint(tmp_path, 5).rename(tmp_path / ".step_000005.partial")
     assert find_checkpoint(tmp_path, world=ALONE) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.ENOSPC, ValueError, r"could not be written \(rank 0: .*No space left.* there: step_000005; make room"),
+        (errno.EIO, OSError, "could not be written .*Input/output error"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_of_itself(tmp_path, number, kind, message):
+    write_checkpoint(tmp_path / "checkpoints", 5)
+
+    def fail(staging, tag):
+        Path(staging, "half").write_bytes(b"half")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(kind, match=message):
+        save_checkpoint(tmp_path / "checkpoints", TrainState(step=10), save_shards=fail, world=ALONE, keep_last=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_a_disk_that_is_really_full_is_one_line(tmp_path):
+    """Files may grow to 4 kB: torch's writer says that it failed, not why, and the run must not hang or lie."""
+    script = (
+        "import resource, signal, sys\n"
+        "from toy_stage import ToyStage, toy_config\n"
+        "from seedling.stages.runtime.trainer import run_training\n"
+        "cfg = toy_config(sys.argv[1], width=64, train={'max_steps': 4, 'save_every': 2, 'zero_stage': 1})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "run_training(ToyStage(), cfg, run_dir=sys.argv[1])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), HERE])}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 1 and "step_000002: could not be written (rank 0:" in ended.stderr, ended.stderr[-2000:]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

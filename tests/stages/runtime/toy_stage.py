@@ -8,6 +8,8 @@ Shape letters: B utterances, T frames, D features.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -33,11 +35,13 @@ class ToyConfig(TrainingStageConfig):
     run_dir: str = ""
     utterances: int = 120
     width: int = 16
+    layers: int = 0  # more of them between body and head, named as Muon wants them
     dropout: float = 0.1
     nan_keys: list[str] = field(default_factory=list)
     inf_gradient_keys: list[str] = field(default_factory=list)
     bad_keys: list[str] = field(default_factory=list)
     sleep_seconds: float = 0.0
+    stop_after: int = 0  # steps, after which a rank is asked to stop, as a cluster would
 
 
 class ToyCorpus:
@@ -116,14 +120,18 @@ class ToyDataset:
 
 
 class ToyModel(nn.Module):
-    def __init__(self, width: int, dropout: float):
+    def __init__(self, width: int, dropout: float, layers: int = 0):
         super().__init__()
         self.frozen = nn.Linear(DIM, width)
         self.body = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.head = nn.Linear(width, 1)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(self.frozen(x_BTD).tanh()))[..., 0]
+        h_BTW = self.body(self.frozen(x_BTD).tanh())
+        for layer in self.layers:
+            h_BTW = h_BTW + layer(h_BTW).tanh()
+        return self.head(h_BTW)[..., 0]
 
 
 class ToyStage:
@@ -133,7 +141,7 @@ class ToyStage:
 
     def build(self, cfg: ToyConfig, inputs: dict) -> nn.Module:
         self.cfg = cfg
-        return ToyModel(cfg.width, cfg.dropout)
+        return ToyModel(cfg.width, cfg.dropout, cfg.layers)
 
     def trainable(self, parameter_name: str) -> str | None:
         group = parameter_name.split(".")[0]
@@ -150,6 +158,8 @@ class ToyStage:
 
     def loss(self, model: nn.Module, batch: ToyBatch) -> StepOutput:
         time.sleep(self.cfg.sleep_seconds if model.training else 0)
+        if model.training and self.cfg.stop_after and batch.index == self.cfg.stop_after * self.cfg.train.micro_batches:
+            os.kill(os.getpid(), signal.SIGTERM)
         error_BT = (model(batch.x_BTD) - batch.y_BT).float() ** 2 * batch.mask_BT
         loss_sum = error_BT.sum()
         if model.training and set(batch.keys) & set(self.cfg.nan_keys):
