@@ -26,9 +26,9 @@ print(*ended)
 
 
 @pytest.fixture
-def parent(tmp_path):
+def parent(tmp_path, request):
     """A process that waits for a child in run_child, both in a process group of their own."""
-    command = [sys.executable, "-c", PARENT]
+    command = [*getattr(request, "param", []), sys.executable, "-c", PARENT]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     wait_until(lambda: (tmp_path / "pid").exists())
     yield process
@@ -48,6 +48,15 @@ def test_a_signal_to_the_whole_group_reaches_the_child_once_as_a_request_to_stop
     os.killpg(parent.pid, signum)
     assert parent.communicate(timeout=30)[0].split() == ["75", "True"]
     assert (tmp_path / "got").read_text().split() == [str(int(signal.SIGTERM))]
+
+
+@pytest.mark.parametrize("parent", [["nohup"]], indirect=True)
+def test_what_a_user_has_it_ignore_stays_ignored(parent, tmp_path):
+    os.killpg(parent.pid, signal.SIGHUP)
+    time.sleep(1)
+    assert not (tmp_path / "got").exists()
+    parent.terminate()
+    assert parent.communicate(timeout=30)[0].split() == ["75", "True"]
 
 
 def test_a_parent_that_is_killed_leaves_no_child(parent, tmp_path):

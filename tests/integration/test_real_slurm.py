@@ -16,8 +16,8 @@ from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-STEPS = 500
-PATIENCE = 600  # seconds for what takes ten on a machine that has nothing else to do
+STEPS = 150
+PATIENCE = 900  # seconds for what takes ten on a machine that has nothing else to do
 PIPELINE = f"""
 name: pipe
 run_dir: runs/pipe
@@ -25,7 +25,7 @@ steps:
   - name: train
     stage: toy_stage:ToyStage
     set:
-      sleep_seconds: 0.3
+      sleep_seconds: 1.0
       train: {{micro_batch_seconds: 8, global_batch_seconds: 16, max_steps: {STEPS}, save_every: 100000,
                lr: {{body: 0.001, head: 0.001}}, wandb: {{mode: disabled}}}}
   - {{name: count, stage: "toy_stages:Count", nproc: 1, set: {{number: 3}}}}
