@@ -1,10 +1,10 @@
-"""Many tokens: the weight is dequantised a few rows at a time into a scratch that stays in the L2, for the library's GEMM.
+"""Many tokens: the weight is dequantised some rows at a time into a scratch in the L2, for the library's GEMM.
 
 With some hundred tokens a product is limited by the tensor cores, which the library's kernels use best; what is left
 to save is the way of the dequantised weight through memory, 2 bytes a weight out and in again. Rows come in chunks of
 about SCRATCH_BYTES, and every chunk overwrites the last one's scratch before it has left the cache.
 
-Shape letters: M tokens, N output channels, K input channels, G groups per row, R columns of a plane, V channels of a lane.
+Shape letters: M tokens, N output channels, K input channels, G groups per row, W warps, R columns of a plane.
 """
 
 import torch
@@ -36,6 +36,7 @@ def dequantise_kernel(
     EVEN: tl.constexpr,
     W: tl.constexpr,
     V: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Write weight[channel - first_channel, column] of one span and 8 W V channels."""
     BN: tl.constexpr = 8 * W * V
@@ -46,7 +47,7 @@ def dequantise_kernel(
         block + tl.arange(0, W)[None, :, None, None, None] * (8 * V) + tl.arange(0, 8)[None, None, :, None, None] * V
     )
     start = codes_ptr + span * R * tl.cast(N // 4 if EVEN else N, tl.int64)
-    words = load_words(start, tile_rows(R), lane_channels, N, V, EVEN, FAST)
+    words = load_words(start, tile_rows(R, STEP), lane_channels, N, STEP, V, EVEN, FAST)
     channels = block + tl.arange(0, BN)
     channels = channels.reshape([W, 8, V // 2, 2]).permute(2, 0, 3, 1).reshape([BN])  # as slab has them
     within = channels < last_channel
@@ -57,7 +58,7 @@ def dequantise_kernel(
             columns = column + tl.arange(0, R)
             group = column // GROUP if GROUP > 0 else 0
             both = tl.load(scale_zero_ptr + group * tl.cast(N, tl.int64) + channels, mask=within, other=0)
-            decoded = slab(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V).to(tl.float32)
+            decoded = slab(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V, STEP).to(tl.float32)
             code = decoded * unit_of(plane, BITS, DTYPE, FAST) - added(plane, BITS, DTYPE, FAST)
             weight = scale_of(both, FORM)[:, None] * code + zero_of(both, FORM)[:, None]
             tl.store(weight_rows + columns[None, :], weight.to(DTYPE), mask=within[:, None] & (columns < K)[None, :])
@@ -96,6 +97,7 @@ def dequantise_triton(
                 **weight.constants,
                 W=DEQUANTISE_WARPS,
                 V=DEQUANTISE_CHANNELS,
+                STEP=8,
                 num_warps=DEQUANTISE_WARPS,
             )
     return out

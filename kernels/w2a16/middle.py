@@ -43,6 +43,7 @@ def middle_kernel(
     BM: tl.constexpr,
     W: tl.constexpr,
     V: tl.constexpr,
+    STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -58,13 +59,13 @@ def middle_kernel(
         + tl.arange(0, W)[None, :, None, None, None] * (8 * V)
         + tl.arange(0, 8)[None, None, :, None, None] * V
     )
-    rows = tile_rows(R)
+    rows = tile_rows(R, STEP)
     x_offsets = tokens[None, :] * x_stride + tl.arange(0, R)[:, None]
     y = tl.zeros([BN, BM], tl.float32)
 
     for span in tl.range(part, tl.cdiv(K, P), SPLIT, num_stages=STAGES):
         start = codes_ptr + span * R * tl.cast(N // 4 if EVEN else N, tl.int64)
-        words = load_words(start, rows, lane_channels, N, V, EVEN, FAST)
+        words = load_words(start, rows, lane_channels, N, STEP, V, EVEN, FAST)
         for plane in tl.static_range(PLANES):
             column = span * P + plane * R
             there = column + tl.arange(0, 1) < K
@@ -78,7 +79,7 @@ def middle_kernel(
                 both = tl.load(scale_zero_ptr + group * N + channels, mask=(channels < N) & there, other=0)
                 both = both.reshape([W, 8, V // 2, 2]).permute(2, 0, 3, 1).reshape([BN])
                 scale, zero = scale_of(both, FORM), zero_of(both, FORM)
-            weights = slab(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V)
+            weights = slab(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V, STEP)
             y += (scale * unit_of(plane, BITS, DTYPE, FAST))[:, None] * tl.dot(weights, x, input_precision="ieee")
             y += (zero - scale * added(plane, BITS, DTYPE, FAST))[:, None] * sums[None, :]
 
@@ -124,6 +125,7 @@ def middle_batch(
             BM=tile.tokens,
             W=tile.warps,
             V=tile.channels,
+            STEP=tile.step,
             SPLIT=tile.split,
             STAGES=tile.stages,
             num_warps=tile.warps,

@@ -24,6 +24,7 @@ class SmallTile(NamedTuple):
     channels: int  # of a lane: a block has 8 times as many
     split: int  # blocks that share the columns
     stages: int
+    step: int  # decode.tile_rows: as the compiler lays operands out, for speed alone
 
 
 class MiddleTile(NamedTuple):
@@ -32,6 +33,7 @@ class MiddleTile(NamedTuple):
     channels: int  # of a lane: a block has 8 * warps times as many
     split: int  # blocks that share the columns
     stages: int
+    step: int  # decode.tile_rows: as the compiler lays operands out, for speed alone
 
 
 def regime(M: int) -> str:
@@ -45,14 +47,16 @@ def small_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> Smal
     blocks = -(-N // (8 * channels))
     # Two blocks a multiprocessor keep loads in flight; a part that has less than a span a warp would idle.
     split = _split(blocks, rounds=-(-K // (span * warps)), wanted=2 * hardware.processors)
-    return SmallTile(tokens, warps, channels, split, stages=4)
+    return SmallTile(tokens, warps, channels, split, stages=4, step=2)
 
 
 def middle_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> MiddleTile:
     tokens = 32 if M <= 32 else 64
     blocks = -(-N // 128) * -(-M // tokens)
     split = _split(blocks, rounds=-(-K // span), wanted=hardware.processors)
-    return MiddleTile(tokens, 4, 4, split, stages=3)
+    # Warp groups of Hopper take the left operand two columns a lane.
+    step = 8 if hardware.capability == 90 else 2
+    return MiddleTile(tokens, 4, 4, split, stages=3, step=step)
 
 
 def _split(blocks: int, *, rounds: int, wanted: int) -> int:

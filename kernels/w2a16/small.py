@@ -44,6 +44,7 @@ def small_kernel(
     BM: tl.constexpr,
     W: tl.constexpr,
     V: tl.constexpr,
+    STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -64,9 +65,9 @@ def small_kernel(
 
     for first in tl.range(part * W, spans, SPLIT * W, num_stages=STAGES):
         # A warp that has no span left reads the last again, and multiplies it with nothing.
-        rows = tl.minimum(warp_tile, spans - 1 - first) * R + tile_rows(R)
+        rows = tl.minimum(warp_tile, spans - 1 - first) * R + tile_rows(R, STEP)
         start = codes_ptr + first * R * tl.cast(N // 4 if EVEN else N, tl.int64)
-        words = load_words(start, rows, channel_tile, N, V, EVEN, FAST)
+        words = load_words(start, rows, channel_tile, N, STEP, V, EVEN, FAST)
         for plane in tl.static_range(PLANES):
             column = (first + warp) * P + plane * R
             within = (tokens < M)[None, None, :] & (column < K)[:, None, None]
@@ -87,7 +88,7 @@ def small_kernel(
                 )
                 both = both.reshape([W, 8, V // 2, 2]).permute(0, 2, 3, 1).reshape([W, BN // 16, 16])
                 scale, zero = scale_of(both, FORM), zero_of(both, FORM)
-            weights = slab_of_warps(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V)
+            weights = slab_of_warps(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V, STEP)
             products = tl.dot(weights, x, input_precision="ieee").reshape([W, BN // 16, 16, BM])
             y += (scale * unit_of(plane, BITS, DTYPE, FAST))[:, :, :, None] * products
             offset = zero - scale * added(plane, BITS, DTYPE, FAST)
@@ -137,6 +138,7 @@ def small_batch(
             BM=tile.tokens,
             W=tile.warps,
             V=tile.channels,
+            STEP=tile.step,
             SPLIT=tile.split,
             STAGES=tile.stages,
             num_warps=tile.warps,
