@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def base_of(dtype, fast):
-    """Return what a decoded number has on top of its code: the power of two whose mantissa ends at 1; 0 on the plain path."""
+    """Return what a decoded number has on top of its code: a power of two whose last bit is 1; 0 on the plain path."""
     if not fast:
         return 0
     return 1024 if dtype == tl.float16 else 128
@@ -29,7 +29,7 @@ def base_of(dtype, fast):
 
 @triton.constexpr_function
 def field_of(plane, bits, dtype, fast):
-    """Return the bit of a mantissa that a plane's codes are read at: where that saves a shift, else high, for exactness."""
+    """Return the bit of a mantissa that a plane's codes are read at: as saves shifts, or high, for exactness."""
     if not fast:
         return 0
     if dtype == tl.float16:  # ten bits; at most 64 is added to a code of 2 bits, at most 16 to one of 4
@@ -56,39 +56,53 @@ def _field_asm(bits, field, base):
     return f"{{ .reg .b32 t; lop3.b32 t, $2, {mask:#x}, {exponent:#x}, 0xea; mov.b32 {{$0, $1}}, t; }}"
 
 
-@triton.constexpr_function
-def row_step(width):
-    """Return how far apart the two pairs of rows of a word are; `width` neighbouring columns belong to one lane."""
-    return 8 if width == 2 else 2
-
-
 @triton.jit
-def tile_rows(R: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the first row of each word [H, 1, 1, 4, 1]; its others are 1, row_step and row_step + 1 further."""
+def tile_rows(R: tl.constexpr, STEP: tl.constexpr):
+    """Return the first row of each word, [H, 1, 1, 4, 1]; its others are 1, STEP and STEP + 1 further.
+
+    STEP is 2 where the compiler gives a lane four neighbouring columns of the left operand, 8 where two and two.
+    """
     block = tl.arange(0, R // 16)[:, None, None, None, None]
-    lane = tl.arange(0, 4)[None, None, None, :, None]
-    if WIDTH == 2:
-        return block * 16 + lane * 2
-    return block // 2 * 32 + lane * 8 + block % 2 * 4
+    return block * 16 + tl.arange(0, 4)[None, None, None, :, None] * (4 if STEP == 2 else 2)
 
 
 @triton.jit
-def tile_channels(V: tl.constexpr):
-    """Return the channel of each word [1, 1, 8, 1, V]."""
-    return tl.arange(0, 8)[None, None, :, None, None] * V + tl.arange(0, V)[None, None, None, None, :]
+def load_words(
+    codes_ptr, rows, channels, N, STEP: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr
+):
+    """Return int32 words [H, W, 8, 4, V]: of one channel the rows r, r + STEP, r + 1, r + STEP + 1, lowest byte first.
+
+    `rows` are those of tile_rows in the matrix, `channels` the first of each lane, [1, W or 1, 8, 1, 1]. EVEN says that
+    N is a multiple of V and codes_ptr points to four channels at a time; there, channels past the last repeat others.
+    """
+    if EVEN:
+        # No mask: a tensor of bits on the way to a product would have the compiler choose another layout.
+        channels = tl.minimum(channels, N - V)
+        offsets = rows * (N // 4) + channels // 4 + tl.arange(0, V // 4)[None, None, None, None, :]
+        return _words_of_quads(*_four_rows(codes_ptr, offsets, None, N // 4, STEP), V, FAST)
+    channels += tl.arange(0, V)[None, None, None, None, :]
+    a, b, c, d = _four_rows(codes_ptr, rows * N + channels, channels < N, N, STEP)
+    return a.to(tl.int32) | b.to(tl.int32) << 8 | c.to(tl.int32) << 16 | d.to(tl.int32) << 24
 
 
 @triton.jit
-def load_words(rows_ptr, offsets, mask, N, WIDTH: tl.constexpr, FAST: tl.constexpr):
-    """Return int32 words: of one channel the rows r, r + step, r + 1, r + step + 1, from the lowest byte up."""
-    step: tl.constexpr = row_step(WIDTH)
+def _four_rows(codes_ptr, offsets, mask, row, STEP: tl.constexpr):
+    """Return what lies at the offsets in rows r, r + STEP, r + 1, r + STEP + 1."""
     # Each byte is read once: it should not displace activations from the caches.
-    a = tl.load(rows_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
-    b = tl.load(rows_ptr + step * N + offsets, mask=mask, other=0, eviction_policy="evict_first")
-    c = tl.load(rows_ptr + N + offsets, mask=mask, other=0, eviction_policy="evict_first")
-    d = tl.load(rows_ptr + (step + 1) * N + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    a = tl.load(codes_ptr + offsets, mask=mask, eviction_policy="evict_first")
+    b = tl.load(codes_ptr + STEP * row + offsets, mask=mask, eviction_policy="evict_first")
+    c = tl.load(codes_ptr + row + offsets, mask=mask, eviction_policy="evict_first")
+    d = tl.load(codes_ptr + (STEP + 1) * row + offsets, mask=mask, eviction_policy="evict_first")
+    return a, b, c, d
+
+
+@triton.jit
+def _words_of_quads(a, b, c, d, V: tl.constexpr, FAST: tl.constexpr):
+    """Turn four rows of four channels an integer into four channels of four rows each."""
+    H: tl.constexpr = a.shape[0]
+    W: tl.constexpr = a.shape[1]
     if FAST:
-        return tl.inline_asm_elementwise(
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
             """{ .reg .b32 ab0, ab1, cd0, cd1;
             prmt.b32 ab0, $4, $5, 0x5140; prmt.b32 ab1, $4, $5, 0x7362;
             prmt.b32 cd0, $6, $7, 0x5140; prmt.b32 cd1, $6, $7, 0x7362;
@@ -96,11 +110,16 @@ def load_words(rows_ptr, offsets, mask, N, WIDTH: tl.constexpr, FAST: tl.constex
             prmt.b32 $2, ab1, cd1, 0x5410; prmt.b32 $3, ab1, cd1, 0x7632; }""",
             "=r,=r,=r,=r,r,r,r,r",
             [a, b, c, d],
-            dtype=tl.int32,
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
-            pack=4,
+            pack=1,
         )
-    return a.to(tl.int32) | b.to(tl.int32) << 8 | c.to(tl.int32) << 16 | d.to(tl.int32) << 24
+    else:
+        w0 = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24
+        w1 = (a >> 8 & 255) | (b >> 8 & 255) << 8 | (c >> 8 & 255) << 16 | d >> 8 << 24
+        w2 = (a >> 16 & 255) | (b >> 16 & 255) << 8 | (c >> 16 & 255) << 16 | d >> 16 << 24
+        w3 = (a >> 24 & 255) | (b >> 24 & 255) << 8 | (c >> 24 & 255) << 16 | d >> 24 << 24
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([H, W, 8, 4, V])
 
 
 @triton.jit
@@ -108,42 +127,44 @@ def _pair(word, BIT: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, DTYP
     """Return the numbers of rows r and r + 1 whose codes begin at bits BIT and 16 + BIT."""
     if FAST:
         shifted = word >> BIT - FIELD if BIT >= FIELD else word << FIELD - BIT
-        return tl.inline_asm_elementwise(
+        near, far = tl.inline_asm_elementwise(
             _field_asm(BITS, FIELD, base_of(DTYPE, FAST)),
             "=h,=h,r",
             [shifted],
-            dtype=(DTYPE, DTYPE),
+            dtype=(tl.int16, tl.int16),
             is_pure=True,
             pack=1,
         )
+        return near.to(DTYPE, bitcast=True), far.to(DTYPE, bitcast=True)
     mask: tl.constexpr = 2**BITS - 1
     return (word >> BIT & mask).to(DTYPE), (word >> BIT + 16 & mask).to(DTYPE)
 
 
 @triton.jit
-def decode_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """Return [H, W, 8, 4, V, 2, 2]: base + 2^field * code of one plane; then row 0 or 1, then 0 or row_step."""
+def decode_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """Return base + 2^field * code of one plane: [H, W, 8, 4, V, 2, 2], then row r or r + 1, then 0 or STEP further."""
     field: tl.constexpr = field_of(PLANE, BITS, DTYPE, FAST)
-    near_0, near_1 = _pair(word, BITS * PLANE, field, BITS, DTYPE, FAST)
-    far_0, far_1 = _pair(word, 8 + BITS * PLANE, field, BITS, DTYPE, FAST)
+    near_0, near_1 = _pair(words, BITS * PLANE, field, BITS, DTYPE, FAST)
+    far_0, far_1 = _pair(words, 8 + BITS * PLANE, field, BITS, DTYPE, FAST)
     return tl.join(tl.join(near_0, near_1), tl.join(far_0, far_1))
 
 
 @triton.jit
-def slab_of_warps(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr):
-    """Return [W, 8 V, R] of a tile whose warps have rows of their own; channels in the order of `in_tile_order`."""
-    if WIDTH == 2:
-        values = values.reshape([R // 16, W, 8, 4, V, 2, 2]).permute(1, 4, 2, 0, 6, 3, 5)
+def slab_of_warps(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
+    """Return [W, 8 V, R] of a tile whose warps have rows of their own: channels in the order (V, 8)."""
+    if STEP == 2:
+        values = values.permute(1, 4, 2, 0, 3, 6, 5)
     else:
-        values = values.reshape([R // 32, 2, W, 8, 4, V, 2, 2]).permute(2, 5, 3, 0, 4, 1, 7, 6)
+        values = values.permute(1, 4, 2, 0, 6, 3, 5)
     return values.reshape([W, 8 * V, R])
 
 
 @triton.jit
-def slab(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr):
-    """Return [8 W V, R] of a tile whose warps have channels of their own; channels in the order of `in_tile_order`."""
-    if WIDTH == 2:
-        values = values.reshape([R // 16, W, 8, 4, V // 2, 2, 2, 2]).permute(4, 1, 5, 2, 0, 7, 3, 6)
+def slab(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
+    """Return [8 W V, R] of a tile whose warps have channels of their own: in the order (V / 2, W, 2, 8)."""
+    values = values.reshape([R // 16, W, 8, 4, V // 2, 2, 2, 2])
+    if STEP == 2:
+        values = values.permute(4, 1, 5, 2, 0, 3, 7, 6)
     else:
-        values = values.reshape([R // 32, 2, W, 8, 4, V // 2, 2, 2, 2]).permute(5, 2, 6, 3, 0, 4, 1, 8, 7)
+        values = values.permute(4, 1, 5, 2, 0, 7, 3, 6)
     return values.reshape([8 * W * V, R])

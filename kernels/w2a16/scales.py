@@ -21,9 +21,9 @@ def both_at_once(scale_zero_GN2: Tensor) -> tuple[Tensor, tl.dtype]:
 @triton.jit
 def scale_of(both, FORM: tl.constexpr):
     """Return the scale in float32."""
-    if FORM == tl.float32:
+    if tl.float32 == FORM:
         return both.to(tl.int32).to(tl.float32, bitcast=True)
-    if FORM == tl.bfloat16:  # the upper half of a float32
+    if tl.bfloat16 == FORM:  # the upper half of a float32
         return (both << 16).to(tl.float32, bitcast=True)
     return both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -31,8 +31,8 @@ def scale_of(both, FORM: tl.constexpr):
 @triton.jit
 def zero_of(both, FORM: tl.constexpr):
     """Return the zero in float32."""
-    if FORM == tl.float32:
+    if tl.float32 == FORM:
         return (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    if FORM == tl.bfloat16:
+    if tl.bfloat16 == FORM:
         return (both & -65536).to(tl.float32, bitcast=True)
     return (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
