@@ -65,14 +65,14 @@ def linear(M: int, layout: Layout) -> Call:
     return Call(regimes.linear, (x_MK, codes, scale_zero, None, layout))
 
 
-def gradients(M: int, layout: Layout) -> Call:
+def backward(M: int, layout: Layout) -> Call:
     """Return the call of the gradients of inputs, scales and zeros, as fine-tuning has them: those in float32."""
-    from seedling.kernels.w2a16 import regimes
+    from seedling.kernels.w2a16.gradients import gradients
 
     x_MK, codes, scale_zero = meta_arguments(layout, M)
     dy_MN = torch.empty(M, layout.N, dtype=x_MK.dtype, device="meta")
     wanted = {"wants_x": True, "wants_scale_zero": True}
-    return Call(regimes.gradients, (dy_MN, x_MK, codes, scale_zero.float(), layout), wanted)
+    return Call(gradients, (dy_MN, x_MK, codes, scale_zero.float(), layout), wanted)
 
 
 def compiled_table(*, bits: int, group_size: int) -> Iterator[str]:
@@ -82,7 +82,7 @@ def compiled_table(*, bits: int, group_size: int) -> Iterator[str]:
     integer and issued are instructions a weight.
     """
     layout = Layout(28672, 8192, bits, group_size)
-    calls = {f"{M}": linear(M, layout) for M in BATCHES} | {"4096, backward": gradients(4096, layout)}
+    calls = {f"{M}": linear(M, layout) for M in BATCHES} | {"4096, backward": backward(4096, layout)}
     compiled = compile_calls(list(calls.values()), capabilities=list(CAPABILITIES))
     yield "| GPU | M | kernel | registers | spilled | shared | blocks | tensor cores | integer | issued |"
     yield "|" + "---|" * 10

@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def base_of(dtype, fast):
-    """Return what a decoded number has on top of its code: the power of two whose mantissa ends at 1; 0 on the plain path."""
+    """Return what a decoded number has on top of its code: a power of two whose last bit is 1; 0 on the plain path."""
     if not fast:
         return 0
     return 1024 if dtype == tl.float16 else 128
@@ -29,7 +29,7 @@ def base_of(dtype, fast):
 
 @triton.constexpr_function
 def field_of(plane, bits, dtype, fast):
-    """Return the bit of a mantissa that a plane's codes are read at: where that saves a shift, else high, for exactness."""
+    """Return the bit of a mantissa that a plane's codes are read at: as saves shifts, or high, for exactness."""
     if not fast:
         return 0
     if dtype == tl.float16:  # ten bits; at most 64 is added to a code of 2 bits, at most 16 to one of 4
@@ -57,37 +57,42 @@ def _field_asm(bits, field, base):
 
 
 @triton.jit
-def tile_rows(R: tl.constexpr):
-    """Return the first row of each word, [H, 1, 1, 4, 1]."""
+def tile_rows(R: tl.constexpr, STEP: tl.constexpr):
+    """Return the first row of each word, [H, 1, 1, 4, 1]; its others are 1, STEP and STEP + 1 further.
+
+    STEP is 2 where the compiler gives a lane four neighbouring columns of the left operand, 8 where two and two.
+    """
     block = tl.arange(0, R // 16)[:, None, None, None, None]
-    return block * 16 + tl.arange(0, 4)[None, None, None, :, None] * 4
+    return block * 16 + tl.arange(0, 4)[None, None, None, :, None] * (4 if STEP == 2 else 2)
 
 
 @triton.jit
-def load_words(codes_ptr, rows, channels, N, V: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr):
-    """Return int32 words [H, W, 8, 4, V]: of one channel the rows r, r + 2, r + 1, r + 3, from the lowest byte up.
+def load_words(
+    codes_ptr, rows, channels, N, STEP: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr
+):
+    """Return int32 words [H, W, 8, 4, V]: of one channel the rows r, r + STEP, r + 1, r + STEP + 1, lowest byte first.
 
-    `rows` are those of tile_rows in the matrix, `channels` the first of each lane's [1, W or 1, 8, 1, 1]. EVEN says that
-    N is a multiple of V and codes_ptr points to four channels at a time: there, channels past the last repeat others.
+    `rows` are those of tile_rows in the matrix, `channels` the first of each lane, [1, W or 1, 8, 1, 1]. EVEN says that
+    N is a multiple of V and codes_ptr points to four channels at a time; there, channels past the last repeat others.
     """
     if EVEN:
         # No mask: a tensor of bits on the way to a product would have the compiler choose another layout.
         channels = tl.minimum(channels, N - V)
         offsets = rows * (N // 4) + channels // 4 + tl.arange(0, V // 4)[None, None, None, None, :]
-        return _words_of_quads(*_four_rows(codes_ptr, offsets, None, N // 4), V, FAST)
+        return _words_of_quads(*_four_rows(codes_ptr, offsets, None, N // 4, STEP), V, FAST)
     channels += tl.arange(0, V)[None, None, None, None, :]
-    a, b, c, d = _four_rows(codes_ptr, rows * N + channels, channels < N, N)
+    a, b, c, d = _four_rows(codes_ptr, rows * N + channels, channels < N, N, STEP)
     return a.to(tl.int32) | b.to(tl.int32) << 8 | c.to(tl.int32) << 16 | d.to(tl.int32) << 24
 
 
 @triton.jit
-def _four_rows(codes_ptr, offsets, mask, row):
-    """Return what lies at the offsets in rows r, r + 2, r + 1, r + 3."""
+def _four_rows(codes_ptr, offsets, mask, row, STEP: tl.constexpr):
+    """Return what lies at the offsets in rows r, r + STEP, r + 1, r + STEP + 1."""
     # Each byte is read once: it should not displace activations from the caches.
     a = tl.load(codes_ptr + offsets, mask=mask, eviction_policy="evict_first")
-    b = tl.load(codes_ptr + 2 * row + offsets, mask=mask, eviction_policy="evict_first")
+    b = tl.load(codes_ptr + STEP * row + offsets, mask=mask, eviction_policy="evict_first")
     c = tl.load(codes_ptr + row + offsets, mask=mask, eviction_policy="evict_first")
-    d = tl.load(codes_ptr + 3 * row + offsets, mask=mask, eviction_policy="evict_first")
+    d = tl.load(codes_ptr + (STEP + 1) * row + offsets, mask=mask, eviction_policy="evict_first")
     return a, b, c, d
 
 
@@ -137,7 +142,7 @@ def _pair(word, BIT: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, DTYP
 
 @triton.jit
 def decode_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """Return base + 2^field * code of one plane: [H, W, 8, 4, V, 2, 2], then row r or r + 1, then 0 or 2 further."""
+    """Return base + 2^field * code of one plane: [H, W, 8, 4, V, 2, 2], then row r or r + 1, then 0 or STEP further."""
     field: tl.constexpr = field_of(PLANE, BITS, DTYPE, FAST)
     near_0, near_1 = _pair(words, BITS * PLANE, field, BITS, DTYPE, FAST)
     far_0, far_1 = _pair(words, 8 + BITS * PLANE, field, BITS, DTYPE, FAST)
@@ -145,13 +150,21 @@ def decode_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
 
 
 @triton.jit
-def slab_of_warps(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr):
-    """Return [W, 8 V, R] of a tile whose warps have rows of their own: channels in the order (V, 8), columns in theirs."""
-    return values.permute(1, 4, 2, 0, 3, 6, 5).reshape([W, 8 * V, R])
+def slab_of_warps(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
+    """Return [W, 8 V, R] of a tile whose warps have rows of their own: channels in the order (V, 8)."""
+    if STEP == 2:
+        values = values.permute(1, 4, 2, 0, 3, 6, 5)
+    else:
+        values = values.permute(1, 4, 2, 0, 6, 3, 5)
+    return values.reshape([W, 8 * V, R])
 
 
 @triton.jit
-def slab(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr):
+def slab(values, R: tl.constexpr, W: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
     """Return [8 W V, R] of a tile whose warps have channels of their own: in the order (V / 2, W, 2, 8)."""
     values = values.reshape([R // 16, W, 8, 4, V // 2, 2, 2, 2])
-    return values.permute(4, 1, 5, 2, 0, 3, 7, 6).reshape([8 * W * V, R])
+    if STEP == 2:
+        values = values.permute(4, 1, 5, 2, 0, 3, 7, 6)
+    else:
+        values = values.permute(4, 1, 5, 2, 0, 7, 3, 6)
+    return values.reshape([8 * W * V, R])

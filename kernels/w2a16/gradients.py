@@ -9,7 +9,7 @@ channels, in registers; multiplies it with its codes; and stores two sums a plan
 group, so that what is left is to add planes, in a fixed order: equal calls have equal results.
 
 For dx the weight is decoded a chunk of columns at a time into scratch memory that stays in the L2 cache, and multiplied
-by the library: [M, N] x [N, k].
+by the library: [M, N] x [N, k]. Chunks of channels, as large.py has them, would leave partial sums to be rounded.
 
 Shape letters: M positions, N output channels, K input channels, G groups per row, S spans, P columns of a span, R
 columns of a plane (packing.py), k the columns of a chunk; BM, BN and so on are sizes of blocks.
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import group_columns, group_sums
+from .layout import Layout
 from .packing import plane_columns, span
 from .scales import both_at_once, scale_of, zero_of
 
@@ -117,6 +118,28 @@ def input_gradient(
         )  # fmt: skip
         dx_MK[:, first:last] = dy_MN @ scratch_kN[: last - first].T
     return dx_MK
+
+
+def gradients(
+    dy_nN: Tensor,
+    x_nK: Tensor,
+    codes: Tensor,
+    scale_zero_GN2: Tensor,
+    layout: Layout,
+    *,
+    wants_x: bool,
+    wants_scale_zero: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx_nK in the type of x and dscale_zero_GN2 in that of the scales, as reference.gradients does."""
+    _, K, bits, group_size = layout
+    dx_nK = dscale_zero_GN2 = None
+    if wants_x:
+        dy = dy_nN.to(x_nK.dtype)
+        dx_nK = input_gradient(dy, codes, scale_zero_GN2, bits=bits, group_size=group_size, K=K)
+    if wants_scale_zero:
+        dscale_zero_GN2 = scale_zero_gradient(x_nK, dy_nN, codes, bits=bits, group_size=group_size)
+        dscale_zero_GN2 = dscale_zero_GN2.to(scale_zero_GN2.dtype)
+    return dx_nK, dscale_zero_GN2
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every launcher hands to its kernel: the operands as kernels read them, and where they run.
+"""What every launcher hands to its kernel: the weight and the activations as kernels read them, and where they run.
 
 Shape letters: M tokens, N output channels, K input channels, G groups per row.
 """
@@ -18,7 +18,7 @@ LANE_CHANNELS = 16  # at most, that a lane loads at once
 
 
 class Hardware(NamedTuple):
-    """Of a device: what it can compute (90 is Hopper; 0 the interpreter), and its multiprocessors."""
+    """Of a device: what it can compute (90 is Hopper; 0 where there is no NVIDIA GPU), and its multiprocessors."""
 
     capability: int
     processors: int
@@ -48,53 +48,49 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether codes are decoded by inline assembly: on NVIDIA's GPUs, into numbers of 16 bits."""
-    return hardware_of(device).capability > 0 and dtype in (torch.bfloat16, torch.float16)
+class Weight(NamedTuple):
+    """A packed weight as kernels read it."""
 
-
-class Operands(NamedTuple):
-    x_MK: Tensor  # rows contiguous
-    codes: Tensor  # int32, four channels an element, where N is a multiple of 16; else bytes
+    codes: Tensor  # int32, four channels an element, where constants["EVEN"]; else bytes
     both_GN: Tensor  # scale and zero, scales.both_at_once
     constants: dict[str, Any]
-    hardware: Hardware
-    plane: int  # columns of a plane
 
     @classmethod
-    def of(cls, x_MK: Tensor, codes: Tensor, scale_zero_GN2: Tensor, *, bits: int, group_size: int) -> "Operands":
+    def of(
+        cls, codes: Tensor, scale_zero_GN2: Tensor, K: int, *, bits: int, group_size: int, dtype: torch.dtype
+    ) -> "Weight":
+        """ValueError for a width that has no kernel. `dtype` is what codes are decoded to."""
         if bits not in BITS:
             raise ValueError(f"kernels read codes of {' or '.join(map(str, BITS))} bits, not {bits}; use the reference")
         assert codes.is_contiguous(), "codes are read row by row"
+        plane, even = plane_columns(group_size), codes.shape[1] % LANE_CHANNELS == 0
         both_GN, form = both_at_once(scale_zero_GN2)
-        plane = plane_columns(group_size)
         constants = {
             "BITS": bits,
-            "GROUP": max(group_size, 0),
+            "GROUP": max(group_size, 0),  # 0 where a row is one group
             "R": plane,
-            "RAGGED": bool(x_MK.shape[1] % plane),
+            "RAGGED": bool(K % plane),
             "FORM": form,
-            "FAST": is_fast(x_MK.device, x_MK.dtype),
+            "FAST": hardware_of(codes.device).capability > 0 and dtype.itemsize == 2,  # by inline assembly
+            "EVEN": even,
         }
-        M, K = x_MK.shape
-        # Kernels count in 32 bits within x.
-        rows_MK = x_MK if x_MK.stride(1) == 1 and (M - 1) * x_MK.stride(0) + K < 2**31 else x_MK.contiguous()
-        if codes.shape[1] % LANE_CHANNELS == 0:
-            codes = codes.view(torch.int32)
-        return cls(rows_MK, codes, both_GN, constants, hardware_of(x_MK.device), plane)
-
-    @property
-    def even(self) -> bool:
-        return self.codes.dtype == torch.int32
-
-    @property
-    def M(self) -> int:
-        return self.x_MK.shape[0]
+        return cls(codes.view(torch.int32) if even else codes, both_GN, constants)
 
     @property
     def N(self) -> int:
         return self.both_GN.shape[1]
 
     @property
-    def K(self) -> int:
-        return self.x_MK.shape[1]
+    def plane(self) -> int:
+        return self.constants["R"]
+
+    @property
+    def span(self) -> int:
+        return self.plane * 8 // self.constants["BITS"]
+
+
+def with_rows(x_MK: Tensor) -> Tensor:
+    """Return x with contiguous rows, near enough for kernels that count in 32 bits; a copy only where it must be."""
+    M, K = x_MK.shape
+    near = (M - 1) * x_MK.stride(0) + K < 2**31
+    return x_MK if x_MK.stride(1) == 1 and near else x_MK.contiguous()

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import added, decode_plane, load_words, slab_of_warps, tile_rows, unit_of
-from .launch import Operands, on_device
+from .launch import Weight, hardware_of, on_device, with_rows
 from .scales import scale_of, zero_of
 from .settings import SmallTile, small_tile
+from .split import sum_parts
 from .sums import plane_sums
 
 
@@ -43,6 +44,7 @@ def small_kernel(
     BM: tl.constexpr,
     W: tl.constexpr,
     V: tl.constexpr,
+    STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -63,9 +65,9 @@ def small_kernel(
 
     for first in tl.range(part * W, spans, SPLIT * W, num_stages=STAGES):
         # A warp that has no span left reads the last again, and multiplies it with nothing.
-        rows = tl.minimum(warp_tile, spans - 1 - first) * R + tile_rows(R)
+        rows = tl.minimum(warp_tile, spans - 1 - first) * R + tile_rows(R, STEP)
         start = codes_ptr + first * R * tl.cast(N // 4 if EVEN else N, tl.int64)
-        words = load_words(start, rows, channel_tile, N, V, EVEN, FAST)
+        words = load_words(start, rows, channel_tile, N, STEP, V, EVEN, FAST)
         for plane in tl.static_range(PLANES):
             column = (first + warp) * P + plane * R
             within = (tokens < M)[None, None, :] & (column < K)[:, None, None]
@@ -86,7 +88,7 @@ def small_kernel(
                 )
                 both = both.reshape([W, 8, V // 2, 2]).permute(0, 2, 3, 1).reshape([W, BN // 16, 16])
                 scale, zero = scale_of(both, FORM), zero_of(both, FORM)
-            weights = slab_of_warps(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V)
+            weights = slab_of_warps(decode_plane(words, plane, BITS, DTYPE, FAST), R, W, V, STEP)
             products = tl.dot(weights, x, input_precision="ieee").reshape([W, BN // 16, 16, BM])
             y += (scale * unit_of(plane, BITS, DTYPE, FAST))[:, :, :, None] * products
             offset = zero - scale * added(plane, BITS, DTYPE, FAST)
@@ -101,19 +103,6 @@ def small_kernel(
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def sum_parts(parts_ptr, bias_ptr, y_ptr, total, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """y = parts[0] + parts[1] + ... + bias, in this order, over M * N elements."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < total
-    y = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(SPLIT):
-        y += tl.load(parts_ptr + part * tl.cast(total, tl.int64) + element, mask=mask, other=0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + element % N, mask=mask, other=0).to(tl.float32)
-    tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def small_batch(
     x_MK: Tensor,
     codes: Tensor,
@@ -125,34 +114,33 @@ def small_batch(
     tile: SmallTile | None = None,
 ) -> Tensor:
     """Return x W~^T + b, y_MN in the type of x. `tile` stands in for what the table has."""
-    operands = Operands.of(x_MK, codes, scale_zero_GN2, bits=bits, group_size=group_size)
-    M, N, K = operands.M, operands.N, operands.K
+    (M, K), N = x_MK.shape, codes.shape[1]
     y_MN = x_MK.new_empty(M, N)
     if not y_MN.numel():
         return y_MN
-    tile = tile or small_tile(M, N, K, bits=bits, plane=operands.plane, hardware=operands.hardware)
+    weight = Weight.of(codes, scale_zero_GN2, K, bits=bits, group_size=group_size, dtype=x_MK.dtype)
+    tile = tile or small_tile(M, N, K, span=weight.span, hardware=hardware_of(x_MK.device))
+    x_MK = with_rows(x_MK)
     out = y_MN if tile.split == 1 else y_MN.new_empty(tile.split, M, N, dtype=torch.float32)
     with on_device(x_MK):
         small_kernel[(triton.cdiv(N, 8 * tile.channels), tile.split)](
-            operands.x_MK,
-            plane_sums(operands.x_MK, operands.plane),
-            operands.codes,
-            operands.both_GN,
+            x_MK,
+            plane_sums(x_MK, weight.plane),
+            weight.codes,
+            weight.both_GN,
             bias_N,
             out,
             M,
             N,
             K,
-            operands.x_MK.stride(0),
-            **operands.constants,
-            EVEN=operands.even,
+            x_MK.stride(0),
+            **weight.constants,
             BM=tile.tokens,
             W=tile.warps,
             V=tile.channels,
+            STEP=tile.step,
             SPLIT=tile.split,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-        if tile.split > 1:
-            sum_parts[(triton.cdiv(M * N, 1024),)](out, bias_N, y_MN, M * N, N, SPLIT=tile.split, BLOCK=1024)
-    return y_MN
+        return y_MN if tile.split == 1 else sum_parts(out, bias_N, y_MN)

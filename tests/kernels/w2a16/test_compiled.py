@@ -52,7 +52,7 @@ def compiled(tables):
     """Return {(capability, name): launches}."""
     found = {}
     for capabilities, names in (([90], list(CALLS)), ([80, 100], EVERYWHERE)):
-        calls = [tables.linear(*CALLS[name]) for name in names] + [tables.gradients(4096, Layout(*WIDE, 2, 64))]
+        calls = [tables.linear(*CALLS[name]) for name in names] + [tables.backward(4096, Layout(*WIDE, 2, 64))]
         for capability, launches in compile_calls(calls, capabilities=capabilities).items():
             found |= {(capability, name): of for name, of in zip([*names, "backward"], launches)}
     return found

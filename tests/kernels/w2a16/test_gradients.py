@@ -7,6 +7,7 @@ from packed_weights import explicit, random_weight
 pytest.importorskip("triton")
 
 from seedling.kernels.w2a16 import gradients as module
+from seedling.kernels.w2a16 import reference
 from seedling.kernels.w2a16.gradients import input_gradient, scale_zero_gradient
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, not a GPU")
@@ -60,3 +61,20 @@ def test_rows_that_lie_apart_and_columns_that_do_are_read_as_they_are():
     wide_x[:, :130], tall_dy[:] = x_MK, dy_MN.T
     found = scale_zero_gradient(wide_x[:, :130], tall_dy.T, weight.codes, bits=2, group_size=64)
     assert_near(found, wanted, name="dscale_zero", tolerance=1e-5)
+
+
+@pytest.mark.parametrize("wants_x", [True, False])
+@pytest.mark.parametrize("wants_scale_zero", [True, False])
+def test_what_is_wanted_is_what_the_reference_gives_and_in_its_types(wants_x, wants_scale_zero):
+    weight, x_MK, dy_MN, *_ = case(0, 24, 130, bits=2, group_size=64, dtype=torch.float32)
+    for M in (0, 9):
+        x_MK, dy_MN = torch.randn(M, 130).half(), torch.randn(M, 24).half()
+        arguments = dy_MN, x_MK, weight.codes, weight.scale_zero_GN2, weight.layout
+        wanted = {"wants_x": wants_x, "wants_scale_zero": wants_scale_zero}
+        for found, other in zip(module.gradients(*arguments, **wanted), reference.gradients(*arguments, **wanted)):
+            assert (found is None) == (other is None)
+            if found is not None:
+                assert found.dtype == other.dtype
+                torch.testing.assert_close(
+                    found, other, rtol=2e-3, atol=2e-3 * max(1.0, float(other.abs().max() if M else 0))
+                )
