@@ -1,6 +1,6 @@
 """The plan of ten million hours: 2.4 billion utterances in 1.2 million shards, opened, begun and resumed by one rank.
 
-The list of the shards (shards.npy, 92 MB) is a real file that the corpus is opened by. Their indexes would be 250 GB:
+The list of the shards (shards.npy, 102 MB) is a real file that the corpus is opened by. Their indexes would be 250 GB:
 each is made when the plan asks for it, as long as it would be read, from the number of its shard, so it is the same
 each time. What is timed is therefore the plan, the list and the making of an index (which is slower than reading one).
 Every measurement runs in a process of its own, which has imported torch as a training rank has.
@@ -56,10 +56,10 @@ class MadeCorpus(Corpus):
 
 
 def made_index(shard: int, count: int) -> np.ndarray:
-    """Lengths of a shard of one of many sources: means of 4 s to 18 s; some utterances are refused."""
+    """Lengths of a shard of one of many sources: means of 6 s to 24 s; some utterances are refused."""
     random = np.random.default_rng(shard)
     rows = np.zeros(count, dtype=index_dtype(KEY_BYTES))
-    mean = 4.0 + 14.0 * np.random.default_rng((shard // 1000, 1)).random()
+    mean = 6.0 + 18.0 * np.random.default_rng((shard // 1000, 1)).random()
     rows["samples"] = (random.gamma(4.0, mean / 4, count) * SAMPLE_RATE).astype(np.int64)
     rows["sample_rate"], rows["text_chars"] = SAMPLE_RATE, rows["samples"] // 1100
     return rows
@@ -81,7 +81,7 @@ def write_list(folder: Path, *, utterances: int) -> None:
 
 def open_plan(folder: Path, window: int) -> Plan:
     corpus = MadeCorpus.open(folder)
-    cfg = PlanConfig(max_seconds=300, max_utterance_seconds=40, quadratic_seconds=60, window_utterances=window)
+    cfg = PlanConfig(max_seconds=300, max_utterance_seconds=60, quadratic_seconds=60, window_utterances=window)
     return Plan(corpus, cfg, seed=0, micro_batches_per_step=STEP)
 
 
