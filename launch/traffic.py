@@ -3,8 +3,8 @@
 Collectives are rings: an all-gather or a reduce-scatter of n bytes sends n (R - 1) / R from each of R ranks, an
 all-reduce twice that. DeepSpeed 0.19 reduces gradients by all-reduce at stages 0 to 2, at stage 2 after every
 micro-batch (A of them a rank), and by reduce-scatter at stage 3, where weights are gathered for the forward and for the
-backward pass of each micro-batch; recomputed layers find theirs still there. N trainable elements, F frozen ones, w bytes
-an element of weights and of gradients on their way:
+backward pass of each micro-batch; recomputed layers find theirs still there. N trainable elements, F frozen ones, w
+bytes an element of weights and of gradients on their way:
 
     stage 0   2 w N                     stage 2   2 w N A + w N
     stage 1   2 w N + w N               stage 3   (2 w (N + F) + w N) A
