@@ -136,8 +136,9 @@ def loaded(name: str, work: Path):
     stage, _, values = RUNS[name]
     inputs = {"sft": {"llm": str(work / "llm")}, "mwer": {"acllm": str(work / "acllm" / "artifact")}}
     values = {"data": {"train": [str(work / "corpus" / "shards")]}, "inputs": inputs.get(stage, {}), **values}
-    file = work / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(values))
+    file, mine = work / f"{name}.yaml", work / f"{name}.{os.getpid()}.yaml"
+    mine.write_text(yaml.safe_dump(values))
+    mine.replace(file)  # ranks write the same at once
     stage_class, config = load_stage_config(stage, str(file), overrides=[f"run_dir={work / name}"])
     return stage_class, config.config
 

@@ -93,11 +93,13 @@ def _typical_cost(epoch: PlanSummary, batch: Any) -> float:
     return min(1.0, mean / batch.padded_seconds)
 
 
-def setting(run: RunPlan, *, zero_stage: int, ranks: int) -> Setting:
-    """Return what a rank needs under a ZeRO stage, the rest of the config as it is."""
+def setting(run: RunPlan, *, zero_stage: int, ranks: int, gloo: bool = False) -> Setting:
+    """Return what a rank needs under a ZeRO stage, the rest of the config as it is; `gloo`: on CPUs."""
     train = replace(run.train, zero_stage=zero_stage)
     accumulation = -(-train.micro_batches // ranks)
-    memory = rank_memory(run.sizes, run.trace, train, ranks=ranks, accumulation=accumulation, generation=run.generation)
+    memory = rank_memory(
+        run.sizes, run.trace, train, ranks=ranks, accumulation=accumulation, generation=run.generation, gloo=gloo
+    )
     return Setting(
         train.effective_zero_stage,
         ranks,
@@ -162,6 +164,6 @@ def nearest_fit(run: RunPlan, gpu: GPU, *, ranks: int) -> str:
 
 
 def plan_memory(stage: Any, cfg: Any, *, ranks: int) -> Memory:
-    """Return the peak memory of a rank of the run that `cfg` describes."""
+    """Return the peak memory of a rank of the run that `cfg` describes, on CPUs."""
     cfg.train.accumulation_steps(ranks)
-    return setting(plan_run(stage, cfg), zero_stage=cfg.train.zero_stage, ranks=ranks).memory
+    return setting(plan_run(stage, cfg), zero_stage=cfg.train.zero_stage, ranks=ranks, gloo=True).memory

@@ -3,11 +3,11 @@
 Collectives are rings: an all-gather or a reduce-scatter of n bytes sends n (R - 1) / R from each of R ranks, an
 all-reduce twice that. DeepSpeed 0.19 reduces gradients by all-reduce at stages 0 to 2, at stage 2 after every
 micro-batch (A of them a rank), and by reduce-scatter at stage 3, where weights are gathered for the forward and for the
-backward pass of each micro-batch; recomputed layers find theirs still there. N trainable elements, F frozen ones, w and
-g bytes an element of weights and of reduced gradients:
+backward pass of each micro-batch; recomputed layers find theirs still there. N trainable elements, F frozen ones, w
+bytes an element of weights and of gradients on their way:
 
-    stage 0   2 g N                     stage 2   2 g N A + w N
-    stage 1   2 g N + w N               stage 3   (2 w (N + F) + g N) A
+    stage 0   2 w N                     stage 2   2 w N A + w N
+    stage 1   2 w N + w N               stage 3   (2 w (N + F) + w N) A
 
 each times (R - 1) / R. A step takes
 
@@ -49,17 +49,16 @@ def traffic(sizes: Sizes, cfg: TrainConfig, *, ranks: int, accumulation: int) ->
     N, everything, stage = sizes.trainable, sizes.trainable + sizes.frozen, cfg.effective_zero_stage
     settings = zero_settings(cfg, trainable=N)
     width = 2 if cfg.precision == "bf16" else FP32
-    gradient = FP32 if stage < 2 else width  # bf16 at stage 1 reduces its fp32 sums
     buckets = -(-N // settings.reduce_bucket_size)
     gathers = -(-N // settings.allgather_bucket_size)
     if stage == 0:
-        sent, passes = 2 * gradient * N, 2 * buckets
+        sent, passes = 2 * width * N, 2 * buckets
     elif stage == 1:
-        sent, passes = 2 * gradient * N + width * N, 2 * buckets + gathers
+        sent, passes = 3 * width * N, 2 * buckets + gathers
     elif stage == 2:
-        sent, passes = 2 * gradient * N * accumulation + width * N, 2 * buckets * accumulation + gathers
+        sent, passes = 2 * width * N * accumulation + width * N, 2 * buckets * accumulation + gathers
     else:
-        sent = (2 * width * everything + gradient * N) * accumulation
+        sent = (2 * width * everything + width * N) * accumulation
         fetches = -(-everything // max(1, settings.prefetch_bucket_size))
         passes = (2 * fetches + buckets) * accumulation
     return Traffic(sent * (ranks - 1) / ranks, passes)

@@ -45,7 +45,7 @@ class Allocations(TorchDispatchMode):
         key = storage._cdata
         if key in self._seen:
             return
-        size = storage.nbytes() if counted else 0
+        size = storage.nbytes() if counted and tensor.device.type != "meta" else 0
 
         def freed(_: Any) -> None:
             self._seen.pop(key, None)

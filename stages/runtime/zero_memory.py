@@ -1,16 +1,16 @@
 """What a rank holds beside activations under each ZeRO stage: read from DeepSpeed's code, checked by running it.
 
 N trainable and F frozen elements on R ranks; w bytes an element of the weights, 2 in bf16 and else 4; b elements of a
-bucket, all of N or DeepSpeed's limit. Bytes that stay from step to step, and what comes on top (peaks, not sums):
+bucket, all of N or DeepSpeed's limit; p of the largest parameter. Bytes that stay from step to step, and what comes on
+top at a time (peaks, not sums):
 
-    stage     weights        masters  gradients      moments  buffers   on top, as gradients come    at the step
-    0         4 (N + F)      -        as they come   8 N      -         4 N in all                   4 b if R > 1
-    1 fp32    4 (N + F)      4 N / R  as they come   8 N / R  -         4 N in all, 4 b              8 N / R
-    1 bf16    2 (N + F)      4 N / R  4 N + 2 N      8 N / R  -         -                            -
-    2 fp32    4 (N + F)      4 N / R  4 N / R *      8 N / R  -         4 b, 4 b again, 4 N / R      8 N / R
-    2 bf16    2 (N + F)      4 N / R  4 N / R *      8 N / R  -         2 b, 2 b again, 4 N / R      4 N / R
-    3         w (N + F) / R  bf16:    4 N / R        8 N / R  w b       w b again, live parameters   4 N / R
-                             4 N / R
+    stage     weights        masters  gradients      moments  buffers  in backward   reducing          stepping
+    0         4 (N + F)      -        as they come   8 N      -        4 N           4 N, 4 b if R > 1
+    1 fp32    4 (N + F)      4 N / R  as they come   8 N / R  -        4 N, 4 b      4 N, 4 b          8 N / R
+    1 bf16    2 (N + F)      4 N / R  4 N + 2 N      8 N / R  -        -             4 b + 2 b         -
+    2 fp32    4 (N + F)      4 N / R  4 N / R *      8 N / R  -        4 b           4 b twice         8 N / R
+    2 bf16    2 (N + F)      4 N / R  4 N / R *      8 N / R  -        2 b, 4 N / R  2 b twice, 4 p    4 N / R
+    3         w (N + F) / R  4 N / R  4 N / R        8 N / R  w b      gathered      w b, bf16 4 b / R 4 N / R
     * from the second micro-batch of a step on
 
 Parameters that ZeRO-3 has gathered stay while they are used again soon (`max_reuse_distance`, forward and backward
@@ -106,12 +106,20 @@ def zero_settings(cfg: TrainConfig, *, trainable: int = 1):
 
 
 def rank_memory(
-    sizes: Sizes, trace: StepTrace, cfg: TrainConfig, *, ranks: int, accumulation: int, generation: int = 0
+    sizes: Sizes,
+    trace: StepTrace,
+    cfg: TrainConfig,
+    *,
+    ranks: int,
+    accumulation: int,
+    generation: int = 0,
+    gloo: bool = False,
 ) -> Memory:
     """Return the peak of one rank in the middle of a run, under the ZeRO stage and precision of `cfg`.
 
     `trace` is of the largest micro-batch, and all micro-batches of a step are taken to be as large. `generation` bytes
-    are keys and values of hypotheses that are made in the forward pass, at most beside all that it saves.
+    are keys and values of hypotheses that are made in the forward pass, at most beside all that it saves. `gloo`: on a
+    CPU, where a reduce-scatter works on a copy.
     """
     held = _Held(sizes, cfg, ranks=ranks, accumulates=accumulation > 1)
     inputs = accumulation * trace.batch + sizes.buffers
@@ -122,7 +130,7 @@ def rank_memory(
     for segment in trace.segments:
         moments.append(held.at("backward", ready, segment.peak + inputs))
         ready += segment.gradient
-    moments += [held.reducing(inputs), held.stepping(inputs), held.starting()]
+    moments += [held.reducing(inputs, gloo=gloo), held.stepping(inputs), held.starting()]
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -138,7 +146,7 @@ class _Held:
         N = sizes.trainable
         self.share = -(-N // ranks) if self.stage else N
         self.moments = FP32 * (2 * N - sizes.muon) * self.share // N
-        self.masters = FP32 * self.share if self.stage in (1, 2) or (self.stage == 3 and self.bf16) else 0
+        self.masters = FP32 * self.share if self.stage else 0
         everything = N + sizes.frozen
         cut = everything - sizes.persistent
         self.weights = self.width * (-(-cut // ranks) + sizes.persistent if self.stage == 3 else everything)
@@ -160,22 +168,25 @@ class _Held:
             buffers += self.width * self.bucket
         return self._memory(gradients, buffers, activations, moment)
 
-    def reducing(self, inputs: int) -> Memory:
+    def reducing(self, inputs: int, *, gloo: bool) -> Memory:
         """At the end of the last backward pass, with what its buckets hold on their way."""
-        N, bucket = self.sizes.trainable, self.width * self.bucket
-        copied = bucket if self.ranks > 1 or (self.stage == 2 and self.bf16) else 0
+        N, bucket, share = self.sizes.trainable, self.width * self.bucket, FP32 * self.share
         if self.stage == 0:
             return self._memory(FP32 * N, FP32 * min(N, STAGE_0_BUCKET) * (self.ranks > 1), inputs, "reduction")
+        if self.stage == 1 and self.bf16:
+            # The sums of a group are one tensor: one that is larger than a bucket is reduced alone, without a copy.
+            sent = 6 * N if N <= STAGE_0_BUCKET else 2 * self.sizes.largest_group
+            return self._memory(self.kept, sent, inputs, "reduction")
         if self.stage == 1:
-            if self.bf16:
-                return self._memory(self.kept, 0, inputs, "reduction")
             return self._memory(FP32 * N, bucket, inputs, "reduction")
+        if self.stage == 2 and self.bf16:
+            return self._memory(share, 2 * bucket + FP32 * self.sizes.largest, inputs, "reduction")
         if self.stage == 2:
-            share = FP32 * self.share
-            if self.bf16:
-                return self._memory(share, bucket + copied, inputs, "reduction")
+            copied = bucket if self.ranks > 1 else 0
             return self._memory(self.kept, bucket + max(copied, share), inputs, "reduction")
-        return self._memory(self.kept, bucket + copied + self.live_parameters, inputs, "reduction")
+        summed = FP32 * -(-self.bucket // self.ranks) if self.bf16 else 0
+        on_the_way = bucket + max(summed, bucket if gloo else 0)
+        return self._memory(self.kept, bucket + on_the_way + self.live_parameters, inputs, "reduction")
 
     def stepping(self, inputs: int) -> Memory:
         """In the optimizer's step."""

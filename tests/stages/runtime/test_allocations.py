@@ -29,6 +29,12 @@ def test_what_lived_before_does_not_count():
         assert memory.live == 4000 and len(b) == 1000
 
 
+def test_tensors_on_meta_take_nothing():
+    with Allocations() as memory:
+        shape = torch.zeros(1000, device="meta")
+        assert memory.live == 0 and len(shape) == 1000
+
+
 def test_the_peak_starts_anew_from_what_is_alive():
     with Allocations() as memory:
         kept, gone = torch.zeros(10), torch.zeros(1000)

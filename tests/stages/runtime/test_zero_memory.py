@@ -60,7 +60,7 @@ def planned(cfg: TrainConfig, *, ranks: int = 1):
         model = stage.build()
     sizes = model_sizes(stage, model, cfg)
     trace = trace_step(stage, model, Rows(torch.randn(8, D)), precision=cfg.precision)
-    return rank_memory(sizes, trace, cfg, ranks=ranks, accumulation=-(-cfg.micro_batches // ranks))
+    return rank_memory(sizes, trace, cfg, ranks=ranks, accumulation=-(-cfg.micro_batches // ranks), gloo=True)
 
 
 FP32 = [(0, "fp32", 1), (0, "fp32", 2), (0, "autocast", 1), (1, "fp32", 1), (1, "fp32", 2), (2, "fp32", 1)]
