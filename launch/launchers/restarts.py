@@ -36,7 +36,9 @@ def run_restarting(
         if ended.code in (0, USER_ERROR, EXIT_INTERRUPTED) or ended.asked:
             return ended.code
         if restart > max_restarts:
-            print(f"seedling: it has crashed {restart} times; --max-restarts is {max_restarts}", file=sys.stderr)
+            print(
+                f"seedling: crashed with exit code {ended.code}; no restart is left of {max_restarts}", file=sys.stderr
+            )
             return ended.code
         pause = pause_before(restart)
         print(
