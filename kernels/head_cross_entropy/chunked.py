@@ -33,25 +33,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_logits: int,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        N, V = len(hidden_NL), len(weight_VL)
         wide = torch.promote_types(hidden_NL.dtype, torch.float32)
-        nll_N, logsumexp_N = (hidden_NL.new_empty(N, dtype=wide) for _ in range(2))
+        nll_N, logsumexp_N = (hidden_NL.new_empty(len(hidden_NL), dtype=wide) for _ in range(2))
         correct_N = torch.empty_like(ignored_N)
-        to_hidden = with_gradient and ctx.needs_input_grad[0]
-        slope_NL = torch.empty_like(hidden_NL) if to_hidden else None
-        for rows in chunks(N, chunk_logits // V):
+        slope_NL = torch.empty_like(hidden_NL) if with_gradient and ctx.needs_input_grad[0] else None
+        for rows in chunks(len(hidden_NL), chunk_logits // len(weight_VL)):
             logits_RV = nn.functional.linear(hidden_NL[rows], weight_VL, bias_V)
-            highest_R = logits_RV.max(-1)
-            log_probs_RV = logits_RV.log_softmax(-1, dtype=wide)
-            targets_R1 = targets_N[rows, None]
-            nll_N[rows] = -log_probs_RV.gather(1, targets_R1)[:, 0]
-            correct_N[rows] = highest_R.indices == targets_N[rows]
-            # At the highest logit: a target's may be minus infinity.
-            logsumexp_N[rows] = highest_R.values - log_probs_RV.gather(1, highest_R.indices[:, None])[:, 0]
-            if slope_NL is not None:
-                probs_RV = log_probs_RV.exp_()
-                probs_RV.scatter_(1, targets_R1, probs_RV.gather(1, targets_R1) - 1)
-                slope_NL[rows] = probs_RV.to(weight_VL.dtype) @ weight_VL
+            slope_RL = None if slope_NL is None else slope_NL[rows]
+            nll_N[rows], logsumexp_N[rows], best_R = _losses(logits_RV, targets_N[rows], weight_VL, slope_RL, wide=wide)
+            correct_N[rows] = best_R == targets_N[rows]
+            del logits_RV  # or two chunks would be in memory at once
         nll_N.masked_fill_(ignored_N, 0.0)
         correct_N.logical_and_(~ignored_N)
         to_head = with_gradient and any(ctx.needs_input_grad[1:3])
@@ -76,6 +67,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_gradient, *head_gradients, None, None, None, None
 
 
+def _losses(
+    logits_RV: Tensor, targets_R: Tensor, weight_VL: Tensor, slope_RL: Tensor | None, *, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return nll_R, logsumexp_R and the word of the highest logit; write d nll_r / d h_r to `slope_RL`."""
+    highest_R, best_R = logits_RV.max(-1)
+    log_probs_RV = logits_RV.log_softmax(-1, dtype=wide)
+    nll_R = -log_probs_RV.gather(1, targets_R[:, None])[:, 0]
+    # At the highest logit: a target's may be minus infinity.
+    logsumexp_R = highest_R - log_probs_RV.gather(1, best_R[:, None])[:, 0]
+    if slope_RL is not None:
+        slopes_RV = subtract_one_(log_probs_RV.exp_(), targets_R[:, None])
+        torch.mm(slopes_RV.to(weight_VL.dtype), weight_VL, out=slope_RL)
+    return nll_R, logsumexp_R, best_R
+
+
 def _head_gradients(
     hidden_NL: Tensor,
     weight_VL: Tensor,
@@ -92,17 +98,21 @@ def _head_gradients(
     bias_gradient_V = torch.empty_like(bias_V) if to_bias else None
     for words in chunks(len(weight_VL), chunk_logits // max(1, len(hidden_NL))):
         logits_NC = nn.functional.linear(hidden_NL, weight_VL[words], None if bias_V is None else bias_V[words])
-        slopes_NC = (logits_NC.to(logsumexp_N.dtype) - logsumexp_N[:, None]).exp_()
-        place_N1 = targets_N[:, None] - words.start
-        inside_N1 = (place_N1 >= 0) & (place_N1 < logits_NC.shape[1])
-        place_N1 = torch.where(inside_N1, place_N1, 0)
-        slopes_NC.scatter_(1, place_N1, slopes_NC.gather(1, place_N1) - inside_N1.to(slopes_NC.dtype))
-        slopes_NC.mul_(grad_N1)
+        slopes_NC = logits_NC.to(logsumexp_N.dtype).sub_(logsumexp_N[:, None]).exp_()
+        subtract_one_(slopes_NC, targets_N[:, None] - words.start).mul_(grad_N1)
         if bias_gradient_V is not None:
             bias_gradient_V[words] = slopes_NC.sum(0)
         if weight_gradient_VL is not None:
             torch.mm(slopes_NC.to(weight_VL.dtype).T, hidden_NL, out=weight_gradient_VL[words])
+        del logits_NC, slopes_NC  # or two chunks would be in memory at once
     return weight_gradient_VL, bias_gradient_V
+
+
+def subtract_one_(probs_NC: Tensor, place_N1: Tensor) -> Tensor:
+    """Subtract 1 at each row's place, in place; rows whose place lies outside stay as they are."""
+    inside_N1 = (place_N1 >= 0) & (place_N1 < probs_NC.shape[1])
+    place_N1 = torch.where(inside_N1, place_N1, 0)
+    return probs_NC.scatter_(1, place_N1, probs_NC.gather(1, place_N1) - inside_N1.to(probs_NC.dtype))
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
