@@ -13,6 +13,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when triton is imported, so before any test file: without a GPU kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Noted before any test: a fixture that outlives a file may train, and would be noted as if the shell had set it.
 RANK_AT_START = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
 

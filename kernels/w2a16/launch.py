@@ -24,8 +24,18 @@ class Hardware(NamedTuple):
     processors: int
 
 
-@cache
 def hardware_of(device: torch.device) -> Hardware:
+    """Of tensors on "meta" it is the GPU that they are compiled for (kernels/ahead_of_time.py)."""
+    if device.type == "meta":
+        from triton.runtime import driver
+
+        properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
+        return Hardware(driver.active.get_current_target().arch, properties["multiprocessor_count"])
+    return _hardware_of(device)
+
+
+@cache
+def _hardware_of(device: torch.device) -> Hardware:
     if device.type != "cuda":
         return Hardware(0, 4)
     properties = torch.cuda.get_device_properties(device)
