@@ -126,7 +126,7 @@ def _gradients(
     with torch.autocast(x.device.type, enabled=False):
         gradients = reference.gradients
         if implementation(impl, x.device, bits=bits) == "triton":
-            from .regimes import gradients
+            from .gradients import gradients
         dx_nK, dscale_zero_GN2 = gradients(
             dy_nN, x_nK, codes, scale_zero, layout, wants_x=wants_x, wants_scale_zero=wants_scale_zero
         )
