@@ -6,7 +6,9 @@ number of workers changes the speed and nothing else.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -149,6 +151,15 @@ class _FetchingLater(Dataset):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of loaders that are still referred to at exit, as they are by the traceback of an error."""
+    # multiprocessing would send them SIGTERM, which they outlive (below), and wait for them for ever.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def leave_signals_to_the_trainer(worker: int = 0) -> None:

@@ -1,5 +1,8 @@
 """Planned batches: the first ones for statistics, and the fingerprint that a run resumes on."""
 
+import subprocess
+import sys
+
 import numpy as np
 
 from seedling.data.batches import PlannedBatches
@@ -40,3 +43,17 @@ def test_without_targets_the_fingerprint_is_the_plans_and_other_targets_give_ano
     assert planned().fingerprint == planned().plan.fingerprint
     assert len({planned(targets=targets).fingerprint for targets in ("", "codes 1", "codes 2")}) == 3
     assert planned(targets="codes 1").fingerprint == planned(targets="codes 1").fingerprint
+
+
+def test_a_process_that_ends_in_an_error_does_not_wait_for_its_loader():
+    program = """
+from seedling.data.batches import PlannedBatches
+class Echo:
+    def __getitem__(self, micro_batch):
+        return micro_batch
+left = iter(make_loader(PlannedBatches(None, Echo()), range(1000), num_workers=2))  # a traceback may refer to it so
+next(left)
+raise RuntimeError("something went wrong")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "something went wrong" in ended.stderr
