@@ -165,7 +165,8 @@ class _Held:
             gradients = max(gradients, FP32 * self.share)  # a full bucket has been reduced
         buffers = self.live_parameters
         if self.stage == 3 or (self.stage in (1, 2) and ready and not (self.stage == 1 and self.bf16)):
-            buffers += self.width * self.bucket
+            # A bucket that fills up before the end is reduced in the middle, by way of a copy.
+            buffers += self.width * self.bucket * (1 + (self.stage > 1 and ready > self.bucket))
         return self._memory(gradients, buffers, activations, moment)
 
     def reducing(self, inputs: int, *, gloo: bool) -> Memory:
@@ -186,7 +187,9 @@ class _Held:
             return self._memory(self.kept, bucket + max(copied, share), inputs, "reduction")
         summed = FP32 * -(-self.bucket // self.ranks) if self.bf16 else 0
         on_the_way = bucket + max(summed, bucket if gloo else 0)
-        return self._memory(self.kept, bucket + on_the_way + self.live_parameters, inputs, "reduction")
+        # Of the gathered parameters the last used is left: tied embeddings, which are the largest, come first and last.
+        left = min(self.live_parameters, self.width * self.sizes.largest)
+        return self._memory(self.kept, bucket + on_the_way + left, inputs, "reduction")
 
     def stepping(self, inputs: int) -> Memory:
         """In the optimizer's step."""
