@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder of a run of benchmarks/human_speech.py")
     parser.add_argument("--quick", action="store_true", help="a few steps: shows only that it works")
     parser.add_argument("overrides", nargs="*", metavar="STEP.key=value", help="as for `seedling pipeline`")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from seedling.launch.pipeline import run_pipeline
     from seedling.launch.pipeline_config import load_pipeline
 

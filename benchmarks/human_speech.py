@@ -338,7 +338,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the composed strings and the LM's text")
     parser.add_argument("--quick", action="store_true", help="a few utterances and steps: shows only that it works")
     parser.add_argument("overrides", nargs="*", metavar="STEP.key=value", help="as for `seedling pipeline`")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from seedling.launch.pipeline import run_pipeline
     from seedling.launch.pipeline_config import load_pipeline
 

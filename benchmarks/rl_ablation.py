@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--quick", action="store_true", help="two steps, one seed: shows only that it works")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of mwer, the same for all aims")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from seedling.launch.pipeline import run_pipeline
     from seedling.launch.pipeline_config import load_pipeline
 

@@ -11,7 +11,7 @@ codes and scales keep their types whatever `dtype` is asked for, which everythin
                    {"bits": 2, "group_size": 64, "scale_dtype": "bfloat16", "shape": [N, K]}, ...}}
 
 A matrix of shape [E, N, K] is one projection of a module of experts, which its name ends with. Padding, spans and the
-order of planes follow from bits and group size; quant/packing.py states them, and `version` counts its changes.
+order of planes follow from bits and group size; kernels/w2a16/packing.py states them, and `version` counts its changes.
 """
 
 from __future__ import annotations

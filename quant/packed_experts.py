@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.w2a16.layout import Layout
+from ..kernels.w2a16.op import packed_linear
+from ..kernels.w2a16.reference import dequantise
 from ..model.float32_buffers import Float32Buffers
 from .expert_layout import DOWN, GATE_UP, PROJECTIONS, activation_of, expert_layout
 from .expert_routing import Routing, route
-from .linear import Layout, PackedLinear, as_computed, dequantise, form_of, layout_of
-from .packing import packed_rows
+from .linear import PackedLinear, as_computed, form_of, layout_of
 from .solution import LayerSolution
 from .stored_grid import SCALE_DTYPES, check_scale_dtype
 
@@ -35,11 +37,9 @@ class PackedMatrices(Float32Buffers):
     def __init__(self, layout: Layout, *, codes: Tensor, scale_zero: Tensor, bias: Tensor | None):
         super().__init__()
         self.layout = layout
-        N, K, bits, group_size = layout
         check_scale_dtype(scale_zero.dtype)
-        E = len(codes)
-        assert codes.shape == (E, packed_rows(K, bits=bits, group_size=group_size), N), "codes do not fit the layout"
-        assert scale_zero.shape == (E, layout.G, N, 2), "scales do not fit the layout"
+        assert len(codes) == len(scale_zero), "codes and scales are of different numbers of experts"
+        layout.check(codes[0], scale_zero[0])
         self.register_buffer("codes", codes)
         self.register_buffer("scale_zero", scale_zero)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
@@ -68,10 +68,9 @@ class PackedMatrices(Float32Buffers):
         cls, layout: Layout, *, experts: int, scale_dtype: torch.dtype, bias: Tensor | None, device=None
     ) -> "PackedMatrices":
         """Return one with undefined values of this form, into which a file's are loaded."""
-        rows = packed_rows(layout.K, bits=layout.bits, group_size=layout.group_size)
         return cls(
             layout,
-            codes=torch.empty(experts, rows, layout.N, dtype=torch.uint8, device=device),
+            codes=torch.empty(experts, layout.rows, layout.N, dtype=torch.uint8, device=device),
             scale_zero=torch.empty(experts, layout.G, layout.N, 2, dtype=scale_dtype, device=device),
             bias=bias,
         )
@@ -96,13 +95,13 @@ class PackedMatrices(Float32Buffers):
 
     def dequantised_NK(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return one expert's scale * code + zero, computed in float32 and rounded to `dtype`."""
-        scale_NG, zero_NG = self.scale_zero[expert].float().permute(2, 1, 0)
-        return dequantise(self.codes[expert], scale_NG, zero_NG, self.layout, dtype)
+        return dequantise(self.codes[expert], self.scale_zero[expert], self.layout, dtype)
 
     def one(self, x_nK: Tensor, expert: int) -> Tensor:
         """Return y_nN of one expert."""
         bias_N = None if self.bias is None else self.bias[expert].to(x_nK.dtype)
-        return nn.functional.linear(x_nK, self.dequantised_NK(expert, x_nK.dtype), bias_N)
+        codes, scale_zero = self.codes[expert], self.scale_zero[expert]
+        return packed_linear(x_nK, codes, scale_zero, bias_N, bits=self.bits, group_size=self.group_size)
 
     def forward(self, x_SK: Tensor, routing: Routing) -> Tensor:
         """Return y_SN: each pair's row through the matrix of its expert."""

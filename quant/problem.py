@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solution import LayerSolution, check_bits, columns_of_groups, group_columns, group_count
+from ..kernels.w2a16.groups import check_bits, columns_of_groups, group_columns, group_count, group_sums
+from .solution import LayerSolution
 
 DAMPING = 0.01
 FORM_BLOCKS = 6
@@ -98,12 +99,7 @@ class Problem:
 
     def group_sums(self, values_NK: Tensor) -> Tensor:
         """Return the sums over each group, [..., G]."""
-        K, size = values_NK.shape[-1], self.group_size
-        if size < 0 or size >= K:
-            return values_NK.sum(-1, keepdim=True)
-        if K % size:
-            values_NK = torch.nn.functional.pad(values_NK, (0, -K % size))
-        return values_NK.unflatten(-1, (-1, size)).sum(-1)
+        return group_sums(values_NK, self.group_size)
 
     def off_NK(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
         """Return w~ - w."""

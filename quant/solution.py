@@ -1,7 +1,6 @@
 """What a solver returns: integer codes and free real scales and zeros, w = scale * code + zero.
 
-Codes are unsigned, 0 .. 2^bits - 1. Groups are runs of `group_size` columns of the original order; the last may be
-short, and a group size of -1 makes one group of a whole row ("per channel"). A scale may be negative.
+Codes are unsigned, 0 .. 2^bits - 1. A scale may be negative. Groups are those of kernels/w2a16/groups.py.
 Shape letters: N output channels, K input channels, G = ceil(K / group_size) groups per row.
 """
 
@@ -10,33 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
-
-
-def check_bits(bits: int) -> None:
-    """Raise ValueError for a width that has no packed form."""
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits}; packed weights have 2, 3, 4 or 8")
-
-
-def group_count(K: int, group_size: int) -> int:
-    """Return G, the groups of a row of K columns; ValueError for a group size that is neither -1 nor positive."""
-    if group_size != -1 and group_size < 1:
-        raise ValueError(f"group_size is {group_size}; give the columns of a group, such as 64, or -1 for one per row")
-    return 1 if group_size == -1 else -(-K // group_size)
-
-
-def group_columns(K: int, group_size: int) -> int:
-    """Return the columns of a whole group of a row of K: the group size, and K where that is -1."""
-    return K if group_size == -1 else group_size
-
-
-def columns_of_groups(values_NG: Tensor, K: int, group_size: int) -> Tensor:
-    """Return values_NK: each column has the value of its group. A view where there is one group."""
-    N, G = values_NG.shape
-    if G == 1:
-        return values_NG.expand(N, K)
-    return values_NG.repeat_interleave(group_size, dim=1)[:, :K]
+from ..kernels.w2a16.groups import check_bits, columns_of_groups, group_count
 
 
 @dataclass(frozen=True)
@@ -67,6 +40,10 @@ class LayerSolution:
         if self.bits < 8 and bool((self.codes_NK >= 2**self.bits).any()):
             largest = int(self.codes_NK.max())
             raise ValueError(f"the largest code is {largest}; {self.bits} bits hold 0 .. {2**self.bits - 1}")
+
+    def scale_zero_GN2(self) -> Tensor:
+        """Return scale and zero side by side, as packed weights have them."""
+        return torch.stack([self.scale_NG.T, self.zero_NG.T], dim=-1)
 
     def dequantised_NK(self) -> Tensor:
         """Return scale * code + zero in float32."""

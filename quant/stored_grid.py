@@ -24,7 +24,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .solution import LayerSolution, columns_of_groups, group_columns
+from ..kernels.w2a16.groups import columns_of_groups, group_sums
+from .solution import LayerSolution
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NEIGHBOURS = (0, -1, 1)  # of a rounded value among those of its type; the first stays where none is better
@@ -36,13 +37,12 @@ def check_scale_dtype(scale_dtype: torch.dtype) -> None:
         raise ValueError(f"scale_dtype is {scale_dtype}; scales and zeros are stored in bfloat16 or float16")
 
 
-def stored_scale_zero(scale_NG: Tensor, zero_NG: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Return scale_zero [G, N, 2] in 16 bits.
+def stored_scale_zero(exact_GN2: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Return scales and zeros in 16 bits.
 
     ValueError where a value overflows, or underflows so far that weights move by more than bfloat16 would move them.
     """
     check_scale_dtype(scale_dtype)
-    exact_GN2 = torch.stack([scale_NG.T, zero_NG.T], dim=-1)
     stored_GN2 = exact_GN2.to(scale_dtype)
     lost_GN2 = ~stored_GN2.isfinite()
     if scale_dtype != torch.bfloat16:
@@ -65,7 +65,7 @@ def on_stored_grid(solution: LayerSolution, scale_dtype: torch.dtype) -> tuple[T
 
     A solution whose scales and zeros have 16 bits is returned as it is. Raises ValueError as stored_scale_zero does.
     """
-    rounded_GN2 = stored_scale_zero(solution.scale_NG, solution.zero_NG, scale_dtype)
+    rounded_GN2 = stored_scale_zero(solution.scale_zero_GN2(), scale_dtype)
     best_GN2, best_NK, least_NG = rounded_GN2, *_nearest(solution, rounded_GN2)
     for scale_zero in _beside(rounded_GN2):
         codes_NK, distance_NG = _nearest(solution, scale_zero)
@@ -96,10 +96,7 @@ def _nearest(solution: LayerSolution, scale_zero: Tensor) -> tuple[Tensor, Tenso
     wanted_NK = scale_NK * own_NK + shift_NK
     steps_NK = wanted_NK / stored_NK
     codes_NK = torch.where(steps_NK.isfinite(), steps_NK.round().clamp(0, 2**solution.bits - 1), own_NK)
-    (N, K), G = own_NK.shape, stored_NG.shape[1]
-    g = group_columns(K, solution.group_size)
-    squares_NK = (stored_NK * codes_NK - wanted_NK).square_()
-    distance_NG = torch.nn.functional.pad(squares_NK, (0, G * g - K)).view(N, G, g).sum(2)
+    distance_NG = group_sums((stored_NK * codes_NK - wanted_NK).square_(), solution.group_size)
     return codes_NK.to(torch.uint8), distance_NG
 
 

@@ -11,8 +11,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from .packing import plane_columns
-from .solution import BITS
+from ..kernels.w2a16.groups import BITS
+from ..kernels.w2a16.packing import plane_columns
 
 UNTOUCHED = 16
 

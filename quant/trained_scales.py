@@ -62,5 +62,4 @@ def _scale_zero(owner: nn.Module) -> Tensor:
     start, bits = owner.initial_scale_zero, owner.layout.bits
     (ratio,), (shift,) = (_own(owner, kind) for kind in SCALES)
     parts = zip(start, ratio, shift) if start.dim() == 4 else [(start, ratio, shift)]
-    exact = [torch.stack(tuned_scale_zero(*part, bits=bits), dim=-1).transpose(0, 1) for part in parts]
-    return torch.stack(exact).reshape(start.shape)
+    return torch.stack([tuned_scale_zero(*part, bits=bits) for part in parts]).reshape(start.shape)

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..kernels.w2a16.op import packed_linear
 from ..model.float32_buffers import Float32Buffers
 from .expert_routing import Routing
 from .packed_experts import PackedExperts, PackedMatrices, mixed
 from .stored_grid import stored_scale_zero
-from .tuned import packed_product, tuned_scale_zero
+from .tuned import tuned_scale_zero
 
 
 class TunedMatrices(Float32Buffers):
@@ -43,21 +44,23 @@ class TunedMatrices(Float32Buffers):
         return PackedMatrices(
             self.layout,
             codes=self.codes,
-            scale_zero=torch.stack([stored_scale_zero(*part, self.initial_scale_zero.dtype) for part in tuned]),
+            scale_zero=torch.stack([stored_scale_zero(part, self.initial_scale_zero.dtype) for part in tuned]),
             bias=None if self.bias is None else self.bias.detach().to(self.bias_dtype),
         ).train(self.training)
 
     def forward(self, x_SK: Tensor, routing: Routing) -> Tensor:
         """Return y_SN: each pair's row through the matrix of its expert."""
+        bits, starts = self.layout.bits, self.initial_scale_zero
         ratios, shifts = self.scale_ratio_ENG.unbind(), self.centre_shift_ENG.unbind()
         biases = None if self.bias is None else self.bias.to(x_SK.dtype).unbind()
         made = []
         for expert, x_nK in zip(routing.experts, x_SK.split(routing.counts)):
-            scale_NG, zero_NG = tuned_scale_zero(
-                self.initial_scale_zero[expert], ratios[expert], shifts[expert], bits=self.layout.bits
-            )
+            scale_zero_GN2 = tuned_scale_zero(starts[expert], ratios[expert], shifts[expert], bits=bits)
             bias_N = None if biases is None else biases[expert]
-            made.append(packed_product(x_nK, self.codes[expert], scale_NG, zero_NG, bias_N, layout=self.layout))
+            y_nN = packed_linear(
+                x_nK, self.codes[expert], scale_zero_GN2, bias_N, bits=bits, group_size=self.layout.group_size
+            )
+            made.append(y_nN)
         if not made:  # a rank without any token has to have gradients too
             return x_SK.new_zeros(0, self.layout.N) * sum(value.sum() for value in (x_SK, *self.parameters()))
         return torch.cat(made)

@@ -14,10 +14,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from seedling.kernels.w2a16.groups import group_count
 from seedling.model.audio_llm import AudioLLM
 from seedling.model.conformer import ConformerConfig, ConformerEncoder
 from seedling.quant.blocks import SpeechPrompts
-from seedling.quant.solution import LayerSolution, group_count
+from seedling.quant.solution import LayerSolution
 
 SHAPE = {
     "vocab_size": 60,

@@ -37,7 +37,7 @@ def test_the_largest_eigenvalue_is_that_of_the_scaled_hessian():
     hessian_KK = random_problem(2, 30).hessian_KK
     unit_K = hessian_KK.diagonal().rsqrt()
     wanted = torch.linalg.eigvalsh(unit_K[:, None] * hessian_KK * unit_K).max()
-    assert 0.97 * wanted < largest_eigenvalue(hessian_KK) <= wanted * (1 + 1e-9)
+    assert 0.97 * wanted < largest_eigenvalue(hessian_KK) <= wanted * (1 + 1e-6)
 
 
 def test_negative_scales_swap_the_ends_of_the_box():

@@ -3,9 +3,8 @@ import torch
 from packed_layers import random_solution
 from torch import nn
 
-from seedling.quant import linear
-from seedling.quant.linear import Layout, PackedLinear
-from seedling.quant.packing import span
+from seedling.kernels.w2a16 import layout
+from seedling.quant.linear import PackedLinear
 from seedling.quant.solution import LayerSolution
 
 BITS, GROUPS = (2, 3, 4, 8), (-1, 32, 64, 96, 128, 512)
@@ -28,26 +27,11 @@ def exact_weight(layer: PackedLinear) -> torch.Tensor:
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("tile", [1, 3000, 1 << 22])
 def test_the_weight_is_scale_times_code_plus_zero_in_tiles_of_any_size(bits, group_size, tile, monkeypatch):
-    monkeypatch.setattr(linear, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(layout, "TILE_ELEMENTS", tile)
     layer = packed_layer(K=600, bits=bits, group_size=group_size)
     wanted = exact_weight(layer)
     torch.testing.assert_close(layer.dequantised_NK().double(), wanted, rtol=2**-22, atol=2**-22)
     assert torch.equal(layer.dequantised_NK(torch.bfloat16), layer.dequantised_NK().bfloat16())
-
-
-@pytest.mark.parametrize("N", [1, 7, 5000])
-@pytest.mark.parametrize("K", [1, 64, 1000])
-@pytest.mark.parametrize("group_size", GROUPS)
-def test_tiles_cover_every_column_once_and_hold_whole_groups_or_one(N, K, group_size, monkeypatch):
-    monkeypatch.setattr(linear, "TILE_ELEMENTS", 4096)
-    layout = Layout(N, K, 2, group_size)
-    tiles = list(layout.tiles())
-    assert [first for first, _ in tiles] == [0, *(last for _, last in tiles[:-1])] and tiles[-1][1] == K
-    for first, last in tiles:
-        groups = layout.groups(first, last)
-        assert first % span(2, group_size) == 0
-        whole = group_size != -1 and first % group_size == 0 and (last % group_size == 0 or last == K)
-        assert whole or groups.stop - groups.start == 1
 
 
 @pytest.mark.parametrize("shape", [(200,), (5, 200), (2, 3, 200), (0, 200)])

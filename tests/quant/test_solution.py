@@ -2,7 +2,7 @@ import pytest
 import torch
 from packed_layers import random_solution
 
-from seedling.quant.solution import LayerSolution, group_columns, group_count
+from seedling.quant.solution import LayerSolution
 
 
 @pytest.mark.parametrize("group_size", [-1, 4, 16])
@@ -14,11 +14,6 @@ def test_a_weight_is_scale_times_code_plus_zero_of_its_own_group(group_size):
             j = 0 if group_size == -1 else k // group_size
             wanted = solution.scale_NG[r, j] * int(solution.codes_NK[r, k]) + solution.zero_NG[r, j]
             assert found[r, k] == wanted
-
-
-@pytest.mark.parametrize("K, group_size, groups", [(1, 64, 1), (64, 64, 1), (65, 64, 2), (129, 64, 3), (500, -1, 1)])
-def test_groups_are_counted_with_the_short_one(K, group_size, groups):
-    assert group_count(K, group_size) == groups
 
 
 def values(*shape):
@@ -40,8 +35,3 @@ def values(*shape):
 def test_what_does_not_fit_together_is_refused(codes, scale, zero, bits, group_size, said):
     with pytest.raises(ValueError, match=said):
         LayerSolution(codes, scale, zero, bits, group_size)
-
-
-@pytest.mark.parametrize("K, group_size, columns", [(200, 64, 64), (200, -1, 200), (40, 64, 64)])
-def test_a_whole_group_has_the_columns_of_its_size_or_all(K, group_size, columns):
-    assert group_columns(K, group_size) == columns

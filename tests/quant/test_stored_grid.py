@@ -47,7 +47,7 @@ def test_each_code_is_the_nearest_of_all_to_what_was_solved(bits, group_size, sc
 @pytest.mark.parametrize("scale_dtype", TYPES)
 def test_no_group_is_further_away_than_with_rounded_scales_and_the_codes_of_the_solution(bits, group_size, scale_dtype):
     solution = random_solution(6, 150, bits=bits, group_size=group_size)
-    plain = distances(solution, solution.codes_NK, stored_scale_zero(solution.scale_NG, solution.zero_NG, scale_dtype))
+    plain = distances(solution, solution.codes_NK, stored_scale_zero(solution.scale_zero_GN2(), scale_dtype))
     found = distances(solution, *on_stored_grid(solution, scale_dtype))
     assert (found <= plain * (1 + 1e-4)).all() and found.sum() < 0.99 * plain.sum()
 

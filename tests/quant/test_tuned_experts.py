@@ -3,8 +3,8 @@ import torch
 from tiny_experts import EXPERTS, FAMILIES, INNER, TOP_K, make_experts, random_call, random_solutions
 from torch import nn
 
+from seedling.kernels.w2a16.groups import group_count
 from seedling.quant.packed_experts import PackedExperts
-from seedling.quant.solution import group_count
 from seedling.quant.tuned_experts import TunedExperts
 
 GROUP = 16

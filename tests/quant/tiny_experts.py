@@ -3,8 +3,9 @@
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+from seedling.kernels.w2a16.groups import group_count
 from seedling.quant.expert_layout import PROJECTIONS, expert_layout
-from seedling.quant.solution import LayerSolution, group_count
+from seedling.quant.solution import LayerSolution
 
 EXPERTS, TOP_K, WIDTH, INNER = 4, 2, 40, 24  # neither width is a multiple of a group
 SHAPE = {

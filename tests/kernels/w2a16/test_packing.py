@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from seedling.quant.packing import pack_codes, packed_rows, padded_columns, plane_columns, span, unpack_codes
-from seedling.quant.packing import unpack_columns as columns
+from seedling.kernels.w2a16.packing import pack_codes, packed_rows, padded_columns, plane_columns, span, unpack_codes
+from seedling.kernels.w2a16.packing import unpack_columns as columns
 
 BITS, GROUPS = (2, 3, 4, 8), (-1, 32, 48, 64, 96, 128, 512)
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .solution import check_bits, group_count
+from .groups import check_bits, group_count
 
 WIDEST_PLANE, NARROWEST_PLANE = 64, 16  # columns
 
