@@ -82,7 +82,7 @@ class _Start:
     def end(self, patience: float) -> list[int | None]:
         deadline, failed_at = time.monotonic() + patience, None
         while any(process.exitcode is None for process in self.job.ranks):
-            time.sleep(0.01)
+            time.sleep(0.05)
             if failed_at is None and any(process.exitcode for process in self.job.ranks):
                 failed_at = time.monotonic()
                 deadline = min(deadline, failed_at + 10)

@@ -6,6 +6,7 @@ Utterances are read from ROOT/shard.bin, which may be cut short. A fault leaves 
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import toy_stage
 from toy_stage import BadUtterance, PlannedBatches, ToyDataset, ToyStage, toy_config
 
 from seedling.stages.runtime.trainer import run_training
@@ -111,6 +113,13 @@ class FaultyStage(ToyStage):
             if fault.kind == "nan":
                 output = output._replace(loss_sum=output.loss_sum * float("nan"))
         return output
+
+
+def with_small_files(root: str, runs: str) -> None:
+    """Train toy runs where no file may grow beyond 50 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    toy_stage.main(root, runs)
 
 
 def main(root: str, runs: str) -> None:

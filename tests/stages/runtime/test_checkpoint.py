@@ -5,12 +5,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_jobs import ForkedJob
 from toy_jobs import load_weights, read_lines
 from toy_stage import ToyStage, toy_config
 
@@ -26,7 +25,6 @@ from seedling.stages.runtime.signals import EXIT_INTERRUPTED
 from seedling.stages.runtime.trainer import run_training
 from seedling.stages.runtime.world import World
 
-HERE = str(Path(__file__).parent)
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -88,21 +86,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_of_
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
 
 
-def test_a_disk_that_is_really_full_is_one_line(tmp_path):
-    """Files may grow to 4 kB: torch's writer says that it failed, not why, and the run must not hang or lie."""
-    script = (
-        "import resource, signal, sys\n"
-        "from toy_stage import ToyStage, toy_config\n"
-        "from seedling.stages.runtime.trainer import run_training\n"
-        "cfg = toy_config(sys.argv[1], width=64, train={'max_steps': 4, 'save_every': 2, 'zero_stage': 1})\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "run_training(ToyStage(), cfg, run_dir=sys.argv[1])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), HERE])}
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 1 and "step_000002: could not be written (rank 0:" in ended.stderr, ended.stderr[-2000:]
+def test_where_no_file_can_grow_all_ranks_say_so_and_nothing_is_left(tmp_path):
+    """The system refuses, on both ranks: torch's writer says that it failed, not why, and nobody may wait for ever."""
+    settings = {"width": 128, "train": {"max_steps": 4, "save_every": 2, "zero_stage": 1}}
+    job = ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:with_small_files")
+    assert job.wait() == [1, 1]
+    for rank in (0, 1):
+        assert "step_000002: could not be written (rank 0:" in job.output(rank)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
