@@ -149,8 +149,9 @@ def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision:
 @contextmanager
 def _gradients_leave(module: nn.Module, memory: Allocations, segments: list[Segment]) -> Iterator[None]:
     def whole(parameter: nn.Parameter) -> None:
-        segments.append(Segment(memory.restart_peak(), parameter.numel()))
-        parameter.grad = None
+        peak, parameter.grad = memory.peak, None
+        memory.restart_peak()  # without the gradient that has just left
+        segments.append(Segment(peak, parameter.numel()))
 
     handles = [p.register_post_accumulate_grad_hook(whole) for p in module.parameters() if p.requires_grad]
     try:
