@@ -109,6 +109,7 @@ class FaultyStage(ToyStage):
         output = super().loss(model, batch)
         fault, step = self.fault, batch.index // self.cfg.train.micro_batches
         if fault and fault.here() and fault.kind in IN_A_STEP and model.training and step == fault.at:
+            self.fault = None  # once: a second SIGTERM would mean that the run should not wait for its checkpoint
             fault.fire()
             if fault.kind == "nan":
                 output = output._replace(loss_sum=output.loss_sum * float("nan"))
