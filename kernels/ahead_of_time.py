@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,22 +182,28 @@ class Target:
 
 
 def _read(launch: Launch, capability: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(launch.binary.cubin)
-        file.flush()
-        usage = subprocess.run(
-            [cuobjdump(), "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    registers, spilled_bytes, instructions = _machine_code(launch.binary)
     return Compiled(
         kernel=launch.kernel,
         capability=capability,
         constants={name: getattr(value, "value", value) for name, value in launch.constants.items()},
         grid=launch.grid,
         warps=launch.warps,
-        registers=used["REG"],
-        spilled_bytes=used["STACK"] + used["LOCAL"],
+        registers=registers,
+        spilled_bytes=spilled_bytes,
         shared_bytes=launch.binary.shared_bytes,
         ptx=launch.ptx,
-        instructions=instructions_of(usage),
+        instructions=instructions,
     )
+
+
+@cache
+def _machine_code(binary: Binary) -> tuple[int, int, tuple[Instruction, ...]]:
+    """Return registers, spilled bytes and instructions; once for a binary, however often it is launched."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.cubin)
+        file.flush()
+        command = [cuobjdump(), "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+    return used["REG"], used["STACK"] + used["LOCAL"], instructions_of(dump)
