@@ -113,9 +113,9 @@ def alive(pid: int) -> bool:
 def test_a_finished_folder_is_left_as_it_is(tmp_path):
     source = make_source(tmp_path / "source")
     first = prepare(source, tmp_path / "out", shard_seconds=2.0)
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")}
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
     assert prepare(source, tmp_path / "out", shard_seconds=2.0) == first
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")} == times
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")} == times
 
 
 @pytest.mark.parametrize("lost", ["shard-000001.tar", "shard-000001.index.npy", ".prepare/000001.json", "corpus.json"])
