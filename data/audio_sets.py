@@ -58,6 +58,7 @@ class AudioDataConfig:
             labels=labels,
             contexts=contexts,
             gap_seconds=self.concat.gap_seconds,
+            remote=self.remote,
         )
         planned = Plan(_planned(corpus, contexts), limits, seed=seed, micro_batches_per_step=micro_batches)
         return PlannedBatches(planned, dataset)

@@ -63,6 +63,7 @@ class Host:
             def attempt(start: int = start, length: int = length) -> bytes:
                 found = self._cat(url, start=start, end=start + length)
                 if len(found) != length:
+                    self._cat(url, start=start + length - 1, end=start + length)  # 416: the file has no such byte
                     raise BadAnswer(f"it sent {len(found)} of {length} bytes at {start}")
                 return found
 
@@ -75,7 +76,10 @@ class Host:
         def attempt() -> bytes:
             content = self._cat(url)
             if digest and hashlib.sha256(content).digest() != digest:
-                raise BadAnswer(f"it sent {len(content)} bytes that are not the file which {SHARD_LIST} lists")
+                raise BadAnswer(
+                    f"it sent {len(content)} bytes that are not the file which {SHARD_LIST} lists; `seedling index "
+                    "FOLDER --list-only` writes the list anew, to be uploaded with the indexes"
+                )
             return content
 
         return self._patiently(url, attempt)

@@ -158,6 +158,9 @@ def read_index(tar_path: str | Path | RemotePath, *, digest: bytes = b"") -> np.
     """
     tar_path = located(tar_path)
     path, way_out = index_path(tar_path), f"run `seedling index {tar_path.parent}`"
+    if isinstance(tar_path, RemotePath):
+        digest = bytes.fromhex(tar_path.version)
+        way_out = "run `seedling index` on its folder and upload what it writes"
     try:
         stat = path.stat() if isinstance(path, Path) else None
         rows = _mapped(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, digest)
@@ -267,9 +270,11 @@ def _open(path: Path | RemotePath) -> ShardRows:
         if isinstance(path, Path):
             _require_prepared(path)
         return ListedShards(path, rows)
-    tars = [path] if isinstance(path, RemotePath) else _find_local(path)
+    if isinstance(path, RemotePath):
+        return ListedShards(path.parent, as_array([_entry_of(path)._replace(name=path.name)]))
+    tars = _find_local(path)
     for tar in tars:
-        if isinstance(tar, Path) and not index_path(tar).exists():
+        if not index_path(tar).exists():
             raise MissingIndex(f"{tar}: no index beside it; run `seedling index {tar.parent}`")
     return FoundShards(tars, _entry_of)
 

@@ -28,7 +28,7 @@ from .index import Corpus, parse_meta
 from .joining import join_metas, join_waveforms
 from .payload import PayloadReader
 from .plan import MicroBatch
-from .remote import Range, RemotePath, drop, start, together
+from .remote import Range, RemoteConfig, RemotePath, drop, start, together
 
 NO_CODES = np.zeros(0, np.uint16)
 
@@ -95,7 +95,7 @@ class AudioDataset(Dataset):
     `require_text` makes an utterance without text a bad one: for training on transcripts. With `labels` a batch has
     frame labels; those of other audio raise StaleLabels. With `contexts` it has contexts, as they are drawn for its
     epoch; those of other utterances raise StaleContexts. A grouped corpus (concat.py) gives joined utterances, with
-    `gap_seconds` in between.
+    `gap_seconds` in between. `remote` says how noise on a server is read.
     """
 
     def __init__(
@@ -109,13 +109,14 @@ class AudioDataset(Dataset):
         labels: FrameLabels | None = None,
         contexts: DrawnContexts | None = None,
         gap_seconds: float = 0.0,
+        remote: RemoteConfig | None = None,
     ):
         self.corpus, self.sample_rate, self.require_text = corpus, sample_rate, require_text
         self.labels, self.contexts, self.gap_seconds = labels, contexts, gap_seconds
         self.reader = PayloadReader()
         # How many micro-batches ahead `fetch` should be called; 0 where everything lies in folders.
-        remote = [path.config for path in corpus.places if isinstance(path, RemotePath)]
-        self.read_ahead = max((config.read_ahead for config in remote), default=0)
+        ahead = (path.config.read_ahead for path in corpus.places if isinstance(path, RemotePath))
+        self.read_ahead = max(ahead, default=0)
         self.augment = None
         if augment is not None:
             if labels is not None and augment.speed_probability:
@@ -125,7 +126,7 @@ class AudioDataset(Dataset):
                 )
             noise = None
             if augment.noise_probability:
-                noise = CorpusNoise(Corpus.open(list(augment.noise_data)), sample_rate=sample_rate)
+                noise = CorpusNoise(Corpus.open(list(augment.noise_data), remote=remote), sample_rate=sample_rate)
             self.augment = Augment(augment, seed=seed, noise=noise)
 
     def __getitem__(self, micro_batch: MicroBatch) -> AudioBatch:

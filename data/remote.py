@@ -18,10 +18,11 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 
-from .host import PIECE, Host, Patience
+from .host import PIECE, Host, HostError, Patience
 from .range_cache import RangeCache
 
 REMOTE = re.compile(r"(https?|s3)://[^/]+/?")
@@ -76,14 +77,16 @@ class RemotePath:
         return self.url
 
     def __truediv__(self, name: str) -> RemotePath:
-        return replace(self, url=f"{self.url.rstrip('/')}/{name}")
+        """The file that a folder calls `name`; in a URL some of its characters are spelled otherwise."""
+        return replace(self, url=f"{self.url.rstrip('/')}/{name if self.is_s3 else quote(name)}")
 
     def __lt__(self, other: RemotePath) -> bool:
         return self.url < other.url
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[1]
+        last = self.url.rsplit("/", 1)[1]
+        return last if self.is_s3 else unquote(last)
 
     @property
     def stem(self) -> str:
@@ -95,6 +98,10 @@ class RemotePath:
 
     def with_suffix(self, suffix: str) -> RemotePath:
         return self.parent / f"{self.stem}{suffix}"
+
+    @property
+    def is_s3(self) -> bool:
+        return self.url.startswith("s3:")
 
     @property
     def config(self) -> RemoteConfig:
@@ -113,6 +120,8 @@ def located(path: str | Path | RemotePath, remote: RemoteConfig | None = None) -
     if isinstance(path, RemotePath):
         return path
     if REMOTE.match(text := str(path)):
+        if text.startswith("http") and (more := re.search(r"[?#].*", text)):
+            raise ValueError(f"{text}: names of shards would come behind {more[0]}; serve the folder at a plain URL")
         return RemotePath(text.rstrip("/"), astuple(remote or RemoteConfig()))
     if "://" in text:
         raise ValueError(f"{text}: shards are read from folders, http://, https:// and s3://, not from this")
@@ -162,7 +171,12 @@ class RemoteStore:
         wanted = Range(path, offset, size)
         for whole, fetch in self._started.get(path, {}).items():
             if whole.offset <= offset and wanted.stop <= whole.stop:
-                return fetch.result()[whole][offset - whole.offset : wanted.stop - whole.offset]
+                try:
+                    return fetch.result()[whole][offset - whole.offset : wanted.stop - whole.offset]
+                except HostError:
+                    raise
+                except ValueError:  # the shard ends within the request, perhaps not within this range of it
+                    break
         return self._fetch([wanted])[wanted]
 
     def start(self, ranges: Iterable[Range]) -> None:
@@ -216,7 +230,7 @@ class RemoteStore:
         return found
 
     def _host(self, path: RemotePath) -> Host:
-        return self._hosts["s3" if path.url.startswith("s3:") else "http"]
+        return self._hosts["s3" if path.is_s3 else "http"]
 
 
 def together(ranges: Sequence[Range]) -> Iterable[list[Range]]:

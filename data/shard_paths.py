@@ -32,7 +32,10 @@ class ShardRows(Protocol):
 
 
 class ListedShards:
-    """The shards of a folder with a list: known without opening any of them, checked when they are."""
+    """The shards of a folder with a list: known without opening any of them, checked when they are.
+
+    A single tar on a server is a list of one.
+    """
 
     def __init__(self, folder: Path | RemotePath, rows: np.ndarray):
         self.folder, self.rows = folder, rows
@@ -63,9 +66,9 @@ class ListedShards:
 
 
 class FoundShards:
-    """Shards without a list: `rows` is made of their indexes when it is asked for, and believes them."""
+    """Shards on a disk without a list: `rows` is made of their indexes when it is asked for, and believes them."""
 
-    def __init__(self, tars: Sequence[Path | RemotePath], entry_of: Callable[[Path | RemotePath], ShardEntry]):
+    def __init__(self, tars: Sequence[Path], entry_of: Callable[[Path], ShardEntry]):
         self.tars, self.entry_of = tars, entry_of
 
     @cached_property
@@ -75,14 +78,14 @@ class FoundShards:
     def __len__(self) -> int:
         return len(self.tars)
 
-    def path(self, number: int) -> Path | RemotePath:
+    def path(self, number: int) -> Path:
         return self.tars[number]
 
     def digest(self, number: int) -> bytes:
         return b""
 
     def identities(self) -> list[str]:
-        return [str(tar) if isinstance(tar, RemotePath) else os.path.realpath(tar) for tar in self.tars]
+        return [os.path.realpath(tar) for tar in self.tars]
 
 
 class ShardPaths(Sequence):

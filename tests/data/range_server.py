@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 
 class Request(NamedTuple):
@@ -71,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
                 server.under_way -= 1
 
     def _answer(self) -> None:
-        server, file = self.server, self.server.folder / self.path.lstrip("/")
+        server, file = self.server, self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")
         with server.lock:
             fault = server.always if server.always is not None else server.faults.popleft() if server.faults else None
         if not file.is_file():

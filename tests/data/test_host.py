@@ -48,6 +48,7 @@ def test_a_long_range_comes_in_pieces_and_a_torn_one_costs_one_piece(server, mon
 def test_what_may_pass_is_tried_again(server, fault):
     server.faults.extend([fault, fault])
     assert reader().read(f"{server.url}/a.tar", offset=10, size=5000) == CONTENT[10:5010]
+    # After a short answer, whether the file has the last byte at all; that one is spoilt as well.
     assert len(server.requests) == 3
 
 
@@ -66,7 +67,7 @@ def test_a_server_that_does_not_recover_ends_with_its_url_the_tries_and_the_last
         HostError, match=rf"{server.url}/a.tar: no good answer in 3 tries.*the last one: .+; see whether"
     ):
         reader(tries=3, timeout_s=0.5).read(f"{server.url}/a.tar", offset=0, size=1000)
-    assert len(server.requests) == 3
+    assert len(server.requests) == (6 if fault == "short" else 3)  # a short answer is followed by a look at its end
 
 
 def test_a_port_where_nobody_listens_is_tried_and_named():
@@ -101,8 +102,9 @@ def test_a_missing_file_is_one_bad_file_and_a_forbidden_server_is_the_end():
 def test_a_shard_that_ends_early_is_named(server):
     with pytest.raises(ValueError, match="ends before a byte"):
         reader().read(f"{server.url}/a.tar", offset=len(CONTENT) + 5, size=10)
-    with pytest.raises(HostError, match="it sent 10 of 20 bytes"):
-        reader(tries=2).read(f"{server.url}/a.tar", offset=len(CONTENT) - 10, size=20)
+    with pytest.raises(ValueError, match="ends before a byte") as caught:
+        reader().read(f"{server.url}/a.tar", offset=len(CONTENT) - 10, size=20)
+    assert not isinstance(caught.value, HostError), "it is one bad utterance, not the end of the run"
 
 
 def _read_in_child(read, url, queue):

@@ -21,10 +21,11 @@ from range_server import serving
 
 from seedling.data import host
 from seedling.data.audio_sets import AudioDataConfig
+from seedling.data.augment import AugmentConfig
 from seedling.data.batches import make_loader
 from seedling.data.check import check_data
 from seedling.data.host import HostError
-from seedling.data.index import Corpus, index_folder, index_path
+from seedling.data.index import Corpus, index_folder, index_path, read_index
 from seedling.data.payload import PayloadReader
 from seedling.data.remote import NEIGHBOURS, Range, RemoteConfig, RemotePath, RemoteStore, located, together
 from seedling.data.shards import open_shard, shard_path
@@ -208,8 +209,9 @@ def test_an_index_that_is_not_the_listed_one_is_refused(folder, tmp_path):
     with serving(tmp_path) as changed:
         corpus = Corpus.open(f"{changed.url}/train", remote=RemoteConfig(cache_dir=str(tmp_path / "cache"), tries=2))
         corpus.index(1)
-        with pytest.raises(HostError, match=r"shard-000002.index.npy: .*not the file which shards.npy lists"):
-            corpus.index(2)
+        for read in (corpus.index, lambda shard: read_index(corpus.shards[shard])):
+            with pytest.raises(HostError, match=r"shard-000002.index.npy: .*not the file which shards.npy lists"):
+                read(2)
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
@@ -237,6 +239,65 @@ def test_a_remote_path_names_its_parts_like_a_path():
     assert path == located(str(path)) and len({path, located(str(path))}) == 1
     assert pickle.loads(pickle.dumps(path)) == path
     assert located("/data/train") == Path("/data/train")
+
+
+def test_names_with_signs_of_a_url_are_found_on_a_server(server, folder, tmp_path):
+    odd = folder.parent / "odd"
+    odd.mkdir()
+    for part in (folder / "shard-000000.tar", index_path(folder / "shard-000000.tar")):
+        shutil.copy(part, odd / part.name.replace("shard-000000", "50%20 #1? ä"))
+    index_folder(odd)
+    here, there = (
+        Corpus.open(place, remote=RemoteConfig(cache_dir=str(tmp_path))) for place in (odd, f"{server.url}/odd")
+    )
+    (local,), (remote,) = here.shards, there.shards
+    assert (remote.name, remote.stem) == (local.name, local.stem)
+    assert np.array_equal(there.index(0), here.index(0))
+    assert PayloadReader().read(remote, offset=0, size=100) == PayloadReader().read(local, offset=0, size=100)
+    assert str(located("s3://bucket/train") / "a #1.tar") == "s3://bucket/train/a #1.tar"
+    with pytest.raises(
+        ValueError, match=r"names of shards would come behind \?token=1; serve the folder at a plain URL"
+    ):
+        located(f"{server.url}/train?token=1")
+
+
+def test_a_tar_of_a_server_is_read_anew_where_it_has_changed(folder, tmp_path):
+    served, remote = tmp_path / "served", RemoteConfig(cache_dir=str(tmp_path / "cache"))
+    served.mkdir()
+
+    def first_bytes():
+        corpus = Corpus.open(f"{running.url}/a.tar", remote=remote)
+        assert corpus.num_utterances == UTTERANCES
+        return corpus.fingerprint, PayloadReader().read(corpus.shards[0], offset=0, size=100)
+
+    with serving(served) as running:
+        found = []
+        for shard in ("shard-000000", "shard-000001"):
+            shutil.copy(folder / f"{shard}.tar", served / "a.tar")
+            shutil.copy(folder / f"{shard}.index.npy", served / "a.index.npy")
+            found.append(first_bytes())
+            assert found[-1][1] == (folder / f"{shard}.tar").read_bytes()[:100]
+    assert found[0] != found[1]
+
+
+def test_a_shard_that_was_cut_short_costs_the_utterances_that_it_lacks(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    tar = tmp_path / "train" / "shard-000001.tar"
+    at = Corpus.open(tar).index(0)[5]
+    with open(tar, "r+b") as file:
+        file.truncate(int(at["audio_offset"]) + int(at["audio_size"]) // 2)
+    with serving(tmp_path) as cut:
+        place, local = f"{cut.url}/train", tmp_path / "train"
+        found = {bad.key for batch in an_epoch(planned(data_config(place, tmp_path / "cache"))) for bad in batch.bad}
+    expected = {bad.key for batch in an_epoch(planned(data_config(local, tmp_path / "none"))) for bad in batch.bad}
+    assert found == expected and {f"1-{number}" for number in range(6, UTTERANCES)} <= found
+
+
+def test_noise_on_a_server_is_read_by_the_settings_of_the_data(server, folder, tmp_path):
+    cfg = data_config(folder, tmp_path / "cache")
+    cfg.augment = AugmentConfig(noise_probability=1.0, noise_data=[f"{server.url}/train"])
+    noise = planned(cfg).dataset.augment.noise.corpus
+    assert noise.shards[0].config == cfg.remote
 
 
 @pytest.mark.parametrize(
