@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "triton", "reference"]
 KERNEL_BITS = (2, 4)  # other widths take the reference
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability of a GPU with bf16 tensor cores
 
 
@@ -54,8 +55,8 @@ def packed_linear(
     return torch.ops.seedling.packed_linear(x, codes, scale_zero_GN2, bias_N, bits, group_size, impl)
 
 
-def implementation(impl: str, device: torch.device, *, bits: int) -> str:
-    """Return "triton" or "reference"; ValueError where "triton" is asked for and cannot run."""
+def implementation(impl: str, device: torch.device, *, bits: int, dtype: torch.dtype) -> str:
+    """Return "triton" or "reference" for x of `dtype`; ValueError where "triton" is asked for and cannot run."""
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl is {impl!r}; it is auto, triton or reference")
     if impl == "reference":
@@ -63,6 +64,8 @@ def implementation(impl: str, device: torch.device, *, bits: int) -> str:
     obstacle = f"{bits} bits have no kernel" if bits not in KERNEL_BITS else _obstacle(device)
     if device.type != "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return impl
+    if not obstacle and dtype not in KERNEL_DTYPES:
+        obstacle = f"x is {dtype}, and tensor cores take 16 bits"
     if impl == "triton" and obstacle:
         raise ValueError(f"impl='triton' cannot run: {obstacle}; use impl='auto' or 'reference'")
     return "reference" if obstacle else "triton"
@@ -96,7 +99,7 @@ def _forward(
 ) -> Tensor:
     layout = Layout(codes.shape[-1], x.shape[-1], bits, group_size)
     with torch.autocast(x.device.type, enabled=False):
-        if implementation(impl, x.device, bits=bits) == "reference":
+        if implementation(impl, x.device, bits=bits, dtype=x.dtype) == "reference":
             return reference.linear(x, codes, scale_zero, bias, layout)
         from .regimes import linear  # Triton is imported where it is used
 
@@ -125,7 +128,7 @@ def _gradients(
     x_nK, dy_nN = x.reshape(-1, layout.K), dy.reshape(-1, layout.N)
     with torch.autocast(x.device.type, enabled=False):
         gradients = reference.gradients
-        if implementation(impl, x.device, bits=bits) == "triton":
+        if implementation(impl, x.device, bits=bits, dtype=x.dtype) == "triton":
             from .gradients import gradients
         dx_nK, dscale_zero_GN2 = gradients(
             dy_nN, x_nK, codes, scale_zero, layout, wants_x=wants_x, wants_scale_zero=wants_scale_zero

@@ -1,6 +1,7 @@
 """The op as callers meet it: registration, gradients, types, dispatch, and what it refuses."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -117,20 +118,39 @@ class Gpu:
 @pytest.mark.parametrize("bits, chosen", [(2, "triton"), (4, "triton"), (3, "reference"), (8, "reference")])
 def test_widths_with_a_kernel_take_it_on_a_gpu(bits, chosen, monkeypatch):
     with Gpu(monkeypatch, (9, 0)) as device:
-        assert op.implementation("auto", device, bits=bits) == chosen
-        assert op.implementation("reference", device, bits=bits) == "reference"
+        assert op.implementation("auto", device, bits=bits, dtype=torch.bfloat16) == chosen
+        assert op.implementation("auto", device, bits=bits, dtype=torch.float32) == "reference"
 
 
 def test_a_gpu_that_is_too_old_takes_the_reference_and_says_so_once(monkeypatch, caplog):
     with Gpu(monkeypatch, (7, 5)) as device, caplog.at_level(logging.WARNING):
-        assert {op.implementation("auto", device, bits=2) for _ in range(3)} == {"reference"}
+        assert {op.implementation("auto", device, bits=2, dtype=torch.float16) for _ in range(3)} == {"reference"}
         assert len(caplog.records) == 1 and "Some GPU has compute capability 7.5, below 8.0" in caplog.text
         with pytest.raises(ValueError, match=r"compute capability 7\.5"):
-            op.implementation("triton", device, bits=2)
+            op.implementation("triton", device, bits=2, dtype=torch.float16)
 
 
 def test_a_gpu_without_triton_takes_the_reference(monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     with Gpu(monkeypatch, (9, 0)) as device, caplog.at_level(logging.WARNING):
-        assert op.implementation("auto", device, bits=2) == "reference"
+        assert op.implementation("auto", device, bits=2, dtype=torch.float16) == "reference"
         assert "triton is not installed" in caplog.text
+
+
+@pytest.mark.parametrize("M", [1, 2, 17, 260])
+@pytest.mark.parametrize("bits, group_size", [(2, 64), (4, -1)])
+def test_the_kernels_of_every_regime_and_their_gradients_agree_with_the_reference(M, bits, group_size):
+    """In Triton's interpreter where there is no GPU."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels need a CUDA device or TRITON_INTERPRET=1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = random_weight(40, 200, bits=bits, group_size=group_size, dtype=torch.float16, device=device)
+    x = torch.randn(M, 200, generator=torch.Generator().manual_seed(1)).half().to(device).requires_grad_()
+    scale_zero, bias_N = weight.scale_zero_GN2.requires_grad_(), torch.ones(40, device=device).half()
+    found = {}
+    for impl in ("triton", "reference"):
+        y = packed_linear(x, weight.codes, scale_zero, bias_N, bits=bits, group_size=group_size, impl=impl)
+        found[impl] = [y, *torch.autograd.grad(y.float().square().mean(), (x, scale_zero))]
+    for name, one, other in zip(("y", "dx", "dscale_zero"), found["triton"], found["reference"], strict=True):
+        error = (one - other).float().norm() / other.float().norm()
+        assert one.dtype == other.dtype and error < 3e-3, f"{name}: {error:.2g}"
