@@ -20,6 +20,7 @@ from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+PATIENCE = 900  # seconds for what takes twenty on a machine that has nothing else to do
 CONFIG = """
 stage: toy_stage:ToyStage
 run_dir: runs/toy
@@ -78,7 +79,7 @@ def said(folder: Path) -> str:
 
 def ends(processes: list[subprocess.Popen], folder: Path) -> list[int]:
     try:
-        return [process.wait(timeout=400) for process in processes]
+        return [process.wait(timeout=PATIENCE) for process in processes]
     except subprocess.TimeoutExpired:
         raise AssertionError(said(folder)) from None
 
@@ -91,7 +92,7 @@ def steps(folder: Path) -> list[int]:
 def test_a_job_on_two_machines_is_stopped_on_one_of_them_and_goes_on_to_its_end(launch, tmp_path):
     (tmp_path / "toy.yaml").write_text(CONFIG)
     both = launch("toy.yaml")
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + PATIENCE
     while len(steps(tmp_path)) < 3:
         assert time.monotonic() < deadline and not any(process.poll() for process in both), said(tmp_path)
         time.sleep(0.2)
@@ -116,7 +117,7 @@ def test_an_error_on_one_machine_ends_both_with_its_traceback_and_its_code(launc
     for rank in (0, 1):
         shown = (tmp_path / f"node{rank}.log").read_text()
         assert "RuntimeError: the last rank cannot go on" in shown and "rank 3" in shown, said(tmp_path)
-    assert time.monotonic() - began < 300  # the other ranks would sleep for ten minutes
+    assert time.monotonic() - began < PATIENCE  # the other ranks would sleep for an hour
 
 
 def test_over_ssh_one_command_starts_and_stops_both_machines(job, nodes, tmp_path):
@@ -129,7 +130,7 @@ def test_over_ssh_one_command_starts_and_stops_both_machines(job, nodes, tmp_pat
     (tmp_path / "ssh").mkdir()
     with two_nodes.reachable_by_ssh(nodes, tmp_path / "ssh") as variables:
         launcher = job(0, "count.yaml", **variables)
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + PATIENCE
         while len(list(tmp_path.glob("runs/count/ready*"))) < 4:
             assert time.monotonic() < deadline and launcher.poll() is None, said(tmp_path)
             time.sleep(0.2)

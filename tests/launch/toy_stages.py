@@ -42,7 +42,7 @@ class Count:
         if cfg.fail == "last_rank":
             if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 raise RuntimeError("the last rank cannot go on")
-            time.sleep(600)
+            time.sleep(3600)
         if cfg.fail == "stop":
             signal.signal(signal.SIGTERM, lambda *_: self._stop(cfg))
             (Path(cfg.run_dir) / f"ready{os.environ['RANK']}").touch()
