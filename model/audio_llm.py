@@ -383,7 +383,7 @@ class AudioLLM(AssembledModel):
 
         For a recogniser that serves: the buffers stay allocated between searches.
         """
-        self._steps = StaticSteps(self.llm, record=CudaGraphs()) if takes_graphs(self.llm) else None
+        self._steps = StaticSteps(self.llm, record=CudaGraphs(self.llm.device)) if takes_graphs(self.llm) else None
         return self._steps is not None
 
     def _llm_scorer(self) -> StepScorer:

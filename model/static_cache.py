@@ -8,6 +8,7 @@ Shape letters: U utterances, H heads, T columns, D width of a head, Q columns th
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -81,4 +82,5 @@ def _grown(buffer_UHTD: Tensor, *, rows: int, columns: int) -> Tensor:
     U, H, T, D = buffer_UHTD.shape
     if rows <= U and columns <= T:
         return buffer_UHTD
-    return buffer_UHTD.new_zeros(max(U, bucket(rows)), H, max(T, bucket(columns, least=COLUMNS)), D)
+    with torch.inference_mode(False):  # or a later search outside of that mode could not write to them
+        return buffer_UHTD.new_zeros(max(U, bucket(rows)), H, max(T, bucket(columns, least=COLUMNS)), D)

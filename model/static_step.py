@@ -48,20 +48,22 @@ def is_static(llm: PreTrainedModel) -> bool:
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs, which share their memory: only one runs at a time."""
+    """Records steps as CUDA graphs of one device, which share their memory: only one runs at a time."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.pool = torch.cuda.graph_pool_handle()
+        # Of this device: a stream of another would record nothing, and the replay do nothing.
+        self.stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
-        # What is set up on first use (workspaces, tuned kernels) cannot be recorded: run once before, on a side stream.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = self.stream, torch.cuda.current_stream(self.stream.device)
+        # What is set up on first use (workspaces, tuned kernels) cannot be recorded: run once before.
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             run()
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side):
             result = run()
         return graph.replay, result
 
@@ -122,13 +124,13 @@ class StaticSteps:
 
     def begin(self, groups: list[DynamicCache]) -> StaticCache:
         """Return the cache of a search that begins with these prompts."""
+        weights = [tensor.data_ptr() for tensor in [*self.llm.parameters(), *self.llm.buffers()]]
+        if weights != self._weights:  # perhaps they are of another type now, or on another device
+            self.steps, self.cache, self._weights = {}, None, weights
         if self.cache is None:
             self.cache = StaticCache(groups, room=ROOM)
         else:
             self.cache.load(groups, room=ROOM)
-        weights = [tensor.data_ptr() for tensor in [*self.llm.parameters(), *self.llm.buffers()]]
-        if weights != self._weights:
-            self.steps, self._weights = {}, weights
         return self.cache
 
     def hidden_UQL(self, tokens_UQ: Tensor, position_UQ: Tensor, mask_UQT: Tensor) -> Tensor:
@@ -140,7 +142,8 @@ class StaticSteps:
             self.steps, self._buffer = {}, buffer
         size = Bucket(min(bucket(U), buffer.shape[0]), Q, min(bucket(T, least=COLUMNS), buffer.shape[2]))
         if size not in self.steps:
-            self.steps[size] = Step(self.llm, self.cache, size)
+            with torch.inference_mode(False):  # as the cache's buffers are
+                self.steps[size] = Step(self.llm, self.cache, size)
         step = self.steps[size]
         step.fill(tokens_UQ, position_UQ, mask_UQT, first=self.cache.append(Q))
         return self._result(step)[:U]

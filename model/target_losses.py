@@ -3,7 +3,8 @@
 Logits are no part of the answer, and at 152 thousand words they would be gigabytes. Where the LM's head is nothing
 but a product, its weight goes to `head_cross_entropy`, which holds a part of them at a time. The head is called as a
 module, with all logits, where that would go past something:
-- a scale or soft cap after the head, adapters on it, weights that are packed;
+- a scale or soft cap after the head, adapters on it, weights that are packed, a forward of its own (as accelerate puts
+  in its place to bring weights from elsewhere);
 - hooks, which run only when it is called. ZeRO 3 has one on every module that fetches its weights from the other ranks,
   and outside of the call there are none to multiply with.
 
@@ -49,4 +50,5 @@ def target_losses(
 def is_only_a_product(llm: PreTrainedModel, head: nn.Module | None) -> bool:
     """Whether calling the head does no more than multiply with its weight."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return head_is_plain(llm) and type(head) is nn.Linear and not any(getattr(head, name) for name in hooks)
+    is_linear = type(head) is nn.Linear and "forward" not in vars(head)
+    return head_is_plain(llm) and is_linear and not any(getattr(head, name) for name in hooks)

@@ -146,6 +146,27 @@ def test_a_bucket_is_recorded_once_and_again_where_weights_have_moved(tiny_llm):
     assert recorder.recorded > recorded
 
 
+def test_an_llm_may_change_its_type_between_searches(tiny_llm):
+    llm = tiny_llm("llama")
+    steps, prompts, config = StaticSteps(llm, record=Recorder()), prompts_of(llm, [4, 6]), DecodeConfig(beam_size=2)
+    for dtype in (torch.float32, torch.float64):
+        llm.to(dtype)
+        given = [prompt.to(dtype) for prompt in prompts]
+        found = decode(StaticScorer(steps), given, limits=[8, 8], end=END, config=config)
+        assert steps.cache.layers[0].keys.dtype == dtype
+        assert_alike(found, decode(TreeScorer(llm), given, limits=[8, 8], end=END, config=config))
+
+
+def test_searches_under_inference_mode_and_without_may_follow_each_other(tiny_llm):
+    llm = tiny_llm("llama")
+    steps, prompts, config = StaticSteps(llm, record=None), prompts_of(llm, [4, 6]), DecodeConfig(beam_size=2)
+    wanted = decode(TreeScorer(llm), prompts, limits=[8, 8], end=END, config=config)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            found = decode(StaticScorer(steps), prompts, limits=[8, 8], end=END, config=config)
+        assert_alike(found, wanted)
+
+
 def test_where_nothing_can_be_recorded_steps_run_as_they_come_and_a_line_says_so(tiny_llm, caplog):
     def refuses(run):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -173,7 +194,7 @@ def test_cuda_graphs_find_what_trees_find(tiny_llm):
     make_end_likely(llm, by=3.0)
     llm.get_output_embeddings().bias.data = llm.get_output_embeddings().bias.data.cuda()
     assert takes_graphs(llm) and not takes_graphs(tiny_llm("mixtral").cuda())
-    steps, rng = StaticSteps(llm, record=CudaGraphs()), random.Random(0)
+    steps, rng = StaticSteps(llm, record=CudaGraphs(llm.device)), random.Random(0)
     for beam_size in (3, 1, 4):
         prompts = [prompt.cuda() for prompt in prompts_of(llm.cpu(), [3, 17, 9, 9, 1], seed=beam_size)]
         llm.cuda()

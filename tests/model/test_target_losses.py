@@ -73,6 +73,15 @@ def test_a_hook_on_the_head_runs(tiny_llm):
         seen.clear()
 
 
+def test_a_forward_that_was_put_in_the_place_of_the_heads_runs(tiny_llm):
+    llm, calls = tiny_llm(), []
+    head = llm.get_output_embeddings()
+    product = head.forward
+    head.forward = lambda x: calls.append(x) or product(x)
+    target_losses(llm, embeddings(llm), TARGETS)
+    assert len(calls) == 1 and not is_only_a_product(llm, head)
+
+
 def test_adapters_on_the_head_take_part(tiny_llm, in_chunks):
     llm = tiny_llm("mixtral")
     before = target_losses(llm, embeddings(llm), TARGETS).nll_N
