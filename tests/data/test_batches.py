@@ -47,7 +47,7 @@ def test_without_targets_the_fingerprint_is_the_plans_and_other_targets_give_ano
 
 def test_a_process_that_ends_in_an_error_does_not_wait_for_its_loader():
     program = """
-from seedling.data.batches import PlannedBatches
+from seedling.data.batches import PlannedBatches, make_loader
 class Echo:
     def __getitem__(self, micro_batch):
         return micro_batch

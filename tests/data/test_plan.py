@@ -201,7 +201,7 @@ def test_a_plan_is_opened_without_reading_an_index():
     assert corpus.shards_opened <= 10, "a window of 4000 utterances lies in nine pieces of 500, or ten"
 
 
-def test_a_long_epoch_is_estimated_from_a_few_windows_within_three_percent(monkeypatch):
+def test_a_long_epoch_is_estimated_from_a_few_windows_within_five_percent(monkeypatch):
     """Shards differ by a factor of four in mean length, and some utterances are refused."""
 
     def make_rows(shard, count):
@@ -222,7 +222,7 @@ def test_a_long_epoch_is_estimated_from_a_few_windows_within_three_percent(monke
     assert corpus.shards_opened - before <= 2 * 11 * 20, "more than the shards of twenty windows were opened"
     assert (exact.sampled_windows, estimate.sampled_windows) == (0, 20)
     for name in ("steps", "micro_batches", "utterances", "seconds"):
-        assert getattr(estimate, name) == pytest.approx(getattr(exact, name), rel=0.03), name
+        assert getattr(estimate, name) == pytest.approx(getattr(exact, name), rel=0.05), name
     assert estimate.padding_fraction == pytest.approx(exact.padding_fraction, abs=0.005)
     assert estimate.num_refused == pytest.approx(exact.num_refused, rel=0.3)
     assert estimate.refused and set(estimate.refused) <= set(exact.refused)
