@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from seedling.data.index import index_path
+from seedling.data.index import index_path, list_shards
 from seedling.data.prepare import prepare
 from seedling.data.tokenizer import train_bpe
 from seedling.launch.plan import RunPlan, pace, plan_run, setting
@@ -63,6 +63,7 @@ def make_corpus(folder: Path) -> Path:
     (shard,) = (folder / "shards").rglob("*.tar")
     rows = np.load(index_path(shard))
     np.save(index_path(shard), np.repeat(rows, COPIES))
+    list_shards(folder / "shards")
     return folder / "shards"
 
 

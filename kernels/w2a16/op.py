@@ -71,6 +71,12 @@ def implementation(impl: str, device: torch.device, *, bits: int, dtype: torch.d
     return "reference" if obstacle else "triton"
 
 
+def _chosen(impl: str, x: Tensor, scale_zero: Tensor, bits: int) -> str:
+    # Scales in 64 bits are there to be exact, whatever x has.
+    dtype = scale_zero.dtype if scale_zero.dtype == torch.float64 else x.dtype
+    return implementation(impl, x.device, bits=bits, dtype=dtype)
+
+
 @cache
 def _obstacle(device: torch.device) -> str | None:
     """Return what keeps the kernels from running on this device. A GPU that is left without them is logged, once."""
@@ -99,7 +105,7 @@ def _forward(
 ) -> Tensor:
     layout = Layout(codes.shape[-1], x.shape[-1], bits, group_size)
     with torch.autocast(x.device.type, enabled=False):
-        if implementation(impl, x.device, bits=bits, dtype=x.dtype) == "reference":
+        if _chosen(impl, x, scale_zero, bits) == "reference":
             return reference.linear(x, codes, scale_zero, bias, layout)
         from .regimes import linear  # Triton is imported where it is used
 
@@ -128,7 +134,7 @@ def _gradients(
     x_nK, dy_nN = x.reshape(-1, layout.K), dy.reshape(-1, layout.N)
     with torch.autocast(x.device.type, enabled=False):
         gradients = reference.gradients
-        if implementation(impl, x.device, bits=bits, dtype=x.dtype) == "triton":
+        if _chosen(impl, x, scale_zero, bits) == "triton":
             from .gradients import gradients
         dx_nK, dscale_zero_GN2 = gradients(
             dy_nN, x_nK, codes, scale_zero, layout, wants_x=wants_x, wants_scale_zero=wants_scale_zero
