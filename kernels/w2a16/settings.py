@@ -47,16 +47,17 @@ def small_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> Smal
     blocks = -(-N // (8 * channels))
     # Two blocks a multiprocessor keep loads in flight; a part that has less than a span a warp would idle.
     split = _split(blocks, rounds=-(-K // (span * warps)), wanted=2 * hardware.processors)
-    return SmallTile(tokens, warps, channels, split, stages=4, step=2)
+    return SmallTile(tokens, warps, channels, split, stages=3, step=2)
 
 
 def middle_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> MiddleTile:
-    tokens = 32 if M <= 32 else 64
-    blocks = -(-N // 128) * -(-M // tokens)
+    warps, channels = 8, 4
+    tokens = 16 if M <= 16 else 32  # 64 would spill: sums and products of a plane live beside the accumulator
+    blocks = -(-N // (8 * warps * channels)) * -(-M // tokens)
     split = _split(blocks, rounds=-(-K // span), wanted=hardware.processors)
     # Warp groups of Hopper take the left operand two columns a lane.
     step = 8 if hardware.capability == 90 else 2
-    return MiddleTile(tokens, 4, 4, split, stages=3, step=step)
+    return MiddleTile(tokens, warps, channels, split, stages=2, step=step)
 
 
 def _split(blocks: int, *, rounds: int, wanted: int) -> int:

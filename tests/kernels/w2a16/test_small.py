@@ -12,6 +12,7 @@ from seedling.kernels.w2a16.small import small_batch
 
 ONE_BLOCK, SPLIT = SmallTile(8, 2, 8, 1, 1, 2), SmallTile(16, 2, 4, 2, 1, 8)
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter, not a GPU")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
 @interpreted
@@ -71,6 +72,7 @@ def test_a_width_without_a_kernel_is_refused():
         Case(1, 16, 64, bits=8).run(small_batch)
 
 
+@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 4])
@@ -85,6 +87,7 @@ def test_on_a_gpu_it_is_as_exact_as_torch_and_the_same_twenty_times(dtype, bits)
             assert all(torch.equal(case.run(small_batch), y_MN) for _ in range(20)), case.name
 
 
+@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_activations_far_from_zero_cost_no_exactness(dtype):
