@@ -93,8 +93,9 @@ def test_few_positions_are_multiplied_as_decoded_without_shared_memory_between(c
     for name, one in named(compiled, "few", "some"):
         if tables.decode_of(one):
             loop = tables.decoding_loop(one)
-            assert count(loop, "STS", "SHFL", "BAR") == 0, f"{name} exchanges between threads"
-            assert count(loop, "LDG.E.64", "LDG.E.128", "LDG.E.EF.64", "LDG.E.EF.128", "LDGSTS") > 0, name
+            assert count(loop, "STS", "SHFL") == 0, f"{name} exchanges between threads"
+            # Codes come through the pipeline of copies, 4 bytes a channel at the least.
+            assert count(loop, "LDGSTS.E", "LDGSTS.E.64", "LDGSTS.E.128", "LDG.E.64", "LDG.E.128") > 0, name
 
 
 def test_types_of_16_bits_decode_alike(tables):
