@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 from seedling.kernels.ahead_of_time import SHARED_BYTES, compile_calls
 from seedling.kernels.machine_code import count
