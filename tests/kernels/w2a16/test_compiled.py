@@ -11,12 +11,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
 
 from seedling.kernels.ahead_of_time import SHARED_BYTES, compile_calls
 from seedling.kernels.machine_code import count
 from seedling.kernels.w2a16.layout import Layout
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 WIDE = (28672, 8192)  # N, K
 # M and form: every regime, both widths, planes of 64 and of 32, groups of one plane and of all
