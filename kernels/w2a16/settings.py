@@ -47,7 +47,8 @@ def small_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> Smal
     blocks = -(-N // (8 * channels))
     # Two blocks a multiprocessor keep loads in flight; a part that has less than a span a warp would idle.
     split = _split(blocks, rounds=-(-K // (span * warps)), wanted=2 * hardware.processors)
-    return SmallTile(tokens, warps, channels, split, stages=3, step=2)
+    stages = 3 if span > 128 else 2  # with planes of 32 columns a third one spills on Hopper
+    return SmallTile(tokens, warps, channels, split, stages, step=2)
 
 
 def middle_tile(M: int, N: int, K: int, *, span: int, hardware: Hardware) -> MiddleTile:
