@@ -47,5 +47,6 @@ def write_weights(checkpoint: Path, out: Path) -> Written:
             {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}, out, metadata
         )
     else:
+        out.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, out, metadata=metadata)
     return Written(len(weights), sum(value.numel() for value in weights.values()))
