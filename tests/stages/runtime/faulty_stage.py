@@ -109,10 +109,11 @@ class FaultyStage(ToyStage):
         output = super().loss(model, batch)
         fault, step = self.fault, batch.index // self.cfg.train.micro_batches
         if fault and fault.here() and fault.kind in IN_A_STEP and model.training and step == fault.at:
-            self.fault = None  # once: a second SIGTERM would mean that the run should not wait for its checkpoint
-            fault.fire()
-            if fault.kind == "nan":
+            if fault.kind == "nan":  # each time: the trainer looks at the step again to find what to blame
                 output = output._replace(loss_sum=output.loss_sum * float("nan"))
+            else:  # once: a second SIGTERM would mean that the run should not wait for its checkpoint
+                self.fault = None
+            fault.fire()
         return output
 
 
