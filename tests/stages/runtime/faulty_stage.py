@@ -67,7 +67,7 @@ def disturb_checkpoints(fault: Fault) -> None:
                 fault.fire()
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("os.mkdir", "os.rename") or (event == "open" and args[1] != "rb"):
+        if event in ("os.mkdir", "os.rename") or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
             touched(args[0])
 
     def save(state: dict, path: str, **options: object) -> None:
