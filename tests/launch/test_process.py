@@ -29,7 +29,10 @@ print(*ended)
 def parent(tmp_path, request):
     """A process that waits for a child in run_child, both in a process group of their own."""
     command = [*getattr(request, "param", []), sys.executable, "-c", PARENT]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # pytest itself may run under nohup
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True, **heard
+    )
     wait_until(lambda: (tmp_path / "pid").exists())
     yield process
     process.kill()

@@ -62,7 +62,9 @@ def test_a_frozen_layer_has_no_gradient_of_its_weights():
     assert below.flops.backward == 2 * B * H * D
 
 
-def test_what_is_recomputed_counts_apart_and_is_not_kept():
+def test_what_is_recomputed_counts_apart_and_is_not_kept(monkeypatch):
+    # DeepSpeed's ZeRO 3 leaves its own in this place for good, a Function, in whose forward pass gradients are off.
+    monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     plain, again = trace(TwoLayers()), trace(TwoLayers(recompute=True))
     assert again.flops.model == plain.flops.model
     assert again.flops.recomputed == 2 * B * D * H
