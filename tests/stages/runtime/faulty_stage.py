@@ -67,7 +67,9 @@ def disturb_checkpoints(fault: Fault) -> None:
                 fault.fire()
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("os.mkdir", "os.rename") or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+        # Of a folder that is there already makedirs asks nothing but whether it is one, whatever the error.
+        made = event == "os.mkdir" and not os.path.isdir(args[0])
+        if made or event == "os.rename" or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
             touched(args[0])
 
     def save(state: dict, path: str, **options: object) -> None:
