@@ -1,6 +1,6 @@
 """What `seedling plan` says of a rank's memory, against what real runs take: resident growth of the process.
 
-Six runs of different stages, ZeRO stages, precisions, optimizers and numbers of ranks train two steps on noise, each in
+Nine runs of different stages, ZeRO stages, precisions, optimizers and numbers of ranks train two steps on noise, each in
 fresh processes, through the trainer as `seedling run` has it. Resident growth is the process's peak less what it had
 before the model was built, with all libraries loaded. `tensors` is the peak of tensor storages in the same run, counted
 as torch dispatches them in a second run: what is between it and the resident growth is the allocator's and the kernels'
@@ -78,6 +78,35 @@ RUNS = {
         2,
         {"ctc_weight": 0.5, "train": TRAIN | {"lr": ASR_LR, "zero_stage": 2, "global_batch_seconds": 32}},
     ),
+    "sft_lora_zero0": (
+        "sft",
+        1,
+        {
+            "encoder": ENCODER | {"dim": 640, "num_layers": 8, "activation_checkpointing": True},
+            "llm_training": "lora",
+            "ctc_weight": 0.5,
+            "train": TRAIN | {"lr": ASR_LR | {"lora": 1e-4}, "micro_batch_seconds": 48, "global_batch_seconds": 96},
+        },
+    ),
+    "context_sft_zero3_bf16": (
+        "context_sft",
+        2,
+        {
+            "ctc_weight": 0.5,
+            "train": TRAIN
+            | {"lr": ASR_LR, "zero_stage": 3, "precision": "bf16", "micro_batch_seconds": 32}
+            | {"global_batch_seconds": 64},
+        },
+    ),
+    "lm_pretrain_zero2": (
+        "lm_pretrain",
+        2,
+        {
+            "lm": {"vocab_size": 2000, "dim": 768, "num_layers": 10, "num_heads": 12},
+            "max_tokens": 400,
+            "train": TRAIN | {"lr": {"llm": 1e-4}, "zero_stage": 2, "global_batch_seconds": 32},
+        },
+    ),
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -100,6 +129,7 @@ def make_corpus(folder: Path) -> Path:
         soundfile.write(file, 0.1 * draws.standard_normal(8 * SAMPLE_RATE).astype(np.float32), SAMPLE_RATE)
         text = " ".join(draws.choice(["call", "Mark", "dim", "lamp", "stop", "six", "go", "open"], size=12))
         lines.append({"audio_filepath": file.name, "duration": 8.0, "text": text})
+    (folder / "text.txt").write_text("".join(line["text"] + "\n" for line in lines))
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare(folder / "manifest.jsonl", folder / "shards", shard_seconds=100)
     return folder / "shards"
@@ -134,8 +164,12 @@ def loaded(name: str, work: Path):
     from seedling.launch.stage_lookup import load_stage_config
 
     stage, _, values = RUNS[name]
-    inputs = {"sft": {"llm": str(work / "llm")}, "mwer": {"acllm": str(work / "acllm" / "artifact")}}
-    values = {"data": {"train": [str(work / "corpus" / "shards")]}, "inputs": inputs.get(stage, {}), **values}
+    acllm = {"acllm": str(work / "acllm" / "artifact")}
+    inputs = {"sft": {"llm": str(work / "llm")}, "mwer": acllm, "context_sft": acllm}
+    data = {"data": {"train": [str(work / "corpus" / "shards")]}}
+    if stage == "lm_pretrain":
+        data = {"text": [str(work / "corpus" / "text.txt")]}
+    values = {**data, "inputs": inputs.get(stage, {}), **values}
     file, mine = work / f"{name}.yaml", work / f"{name}.{os.getpid()}.yaml"
     mine.write_text(yaml.safe_dump(values))
     mine.replace(file)  # ranks write the same at once
