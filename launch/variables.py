@@ -25,6 +25,7 @@ FOR_CHILDREN = (
 FOR_RANKS = (
     *FOR_CHILDREN,
     Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python stack in the rank's log"),
+    Variable("KINETO_LOG_LEVEL", "6", "torch's profiler, which watches one step, would write lines of its own"),
     Variable("TOKENIZERS_PARALLELISM", "false", "tokenizers warns and may deadlock once data workers are forked"),
 )
 

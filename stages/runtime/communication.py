@@ -2,8 +2,8 @@
 
 One step of each start is watched by torch's profiler: the third, when all that is made once has been made. Collectives
 are NCCL's kernels on a GPU, gloo's work on threads of its own on a CPU. What runs at the same time, other kernels, or
-on a CPU other operators, hides them; the rest is exposed. A collective lasts until its last rank has come, so a slow
-rank shows here on all the others, and in stragglers.py by name.
+on a CPU other operators, hides them; the rest is exposed. A collective lasts until its last rank has come: on the rank
+that waits least the links are what it costs, on the others also the slower ones (stragglers.py names these).
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ Interval = tuple[float, float]
 
 
 class CommunicationWatch:
-    """Watches one step; `fraction` is its exposed communication afterwards, None before and on a single rank."""
+    """Watches one step; `metrics` are empty before it, and on a single rank."""
 
     def __init__(self, world: World):
-        self.world, self.steps, self.fraction = world, 0, None
+        self.world, self.steps = world, 0
+        self.metrics: dict[str, float] = {}
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Enclose a step of training."""
+        """Enclose a step of training, on all ranks."""
         self.steps += 1
         if self.world.size == 1 or self.steps != WATCHED_STEP:
             yield
@@ -47,7 +48,11 @@ class CommunicationWatch:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - began
         collectives, work = sort_events(profiler.events(), is_cuda=is_cuda)
-        self.fraction = exposed(collectives, work) / 1e6 / seconds
+        shares = self.world.gather(exposed(collectives, work) / 1e6 / seconds)
+        self.metrics = {
+            "train/communication_frac": sum(shares) / len(shares),
+            "train/communication_frac_least": min(shares),
+        }
 
 
 def sort_events(events: Iterable[FunctionEvent], *, is_cuda: bool) -> tuple[list[Interval], list[Interval]]:

@@ -32,6 +32,7 @@ from .checkpoint import (
     load_state,
     save_checkpoint,
 )
+from .communication import CommunicationWatch
 from .engine import Engine, StepResult
 from .feed import FedStep, feed
 from .logs import RunLog
@@ -91,7 +92,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the newest checkpoint, or from the beginning, to the last step."""
         self.resume()
-        self.meters = Meters(self.world)
+        self.meters, self.communication = Meters(self.world), CommunicationWatch(self.world)
         with closing(self._open_log()) as self.log, StopRequest() as self.stop, closing(self.steps()) as steps:
             self.announce()
             self.dry_run()
@@ -124,7 +125,8 @@ class Trainer:
         """Forward and backward of this rank's micro-batches, clip, step; a step that is not finite changes nothing."""
         self.engine.set_lr(lr_factor(self.state.step, total_steps=self.total_steps, cfg=self.train))
         batches = [batch.to(self.world.device) for batch in fed.batches]
-        result = self.engine.step(batches, agreed.count)
+        with self.communication.step():
+            result = self.engine.step(batches, agreed.count)
         self.state.step += 1
         if not result.applied:
             self.skip(batches, agreed)
@@ -203,6 +205,7 @@ class Trainer:
         factor = lr_factor(self.state.step - 1, total_steps=self.total_steps, cfg=self.train)
         rates = {name: self.train.lr[name] * factor for name in self.engine.groups}
         return self.meters.read() | {
+            **self.communication.metrics,
             "train/lr": max(rates.values()),
             **{f"train/lr/{name}": rate for name, rate in rates.items()},
             "train/mem_growth_gb": peak_memory_gb() - self.memory_before,

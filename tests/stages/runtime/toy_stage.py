@@ -40,7 +40,8 @@ class ToyConfig(TrainingStageConfig):
     nan_keys: list[str] = field(default_factory=list)
     inf_gradient_keys: list[str] = field(default_factory=list)
     bad_keys: list[str] = field(default_factory=list)
-    sleep_seconds: float = 0.0
+    sleep_seconds: float = 0.0  # of a forward pass, on rank `sleep_rank` or on all
+    sleep_rank: int | None = None
     stop_after: int = 0  # steps, after which a rank is asked to stop, as a cluster would
 
 
@@ -157,7 +158,8 @@ class ToyStage:
         return int(batch.mask_BT.sum())
 
     def loss(self, model: nn.Module, batch: ToyBatch) -> StepOutput:
-        time.sleep(self.cfg.sleep_seconds if model.training else 0)
+        sleeps = self.cfg.sleep_rank is None or os.environ.get("RANK") == str(self.cfg.sleep_rank)
+        time.sleep(self.cfg.sleep_seconds if model.training and sleeps else 0)
         if model.training and self.cfg.stop_after and batch.index == self.cfg.stop_after * self.cfg.train.micro_batches:
             os.kill(os.getpid(), signal.SIGTERM)
         error_BT = (model(batch.x_BTD) - batch.y_BT).float() ** 2 * batch.mask_BT
