@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | setup. Everything needed is installed into .venv by `make setup`.
+# make demo | test | test-slow | lint | bench | setup. Everything needed is installed into .venv by `make setup`.
 #
 #   make setup TORCH="torch==2.13.0"        another build: give any pip requirement or wheel
 #   make demo ARGS="sft.train.max_steps=50" pass overrides on to the pipeline
@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Another build of torch is another installation.
 STAMP := $(VENV)/.seedling-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-slow lint bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
@@ -34,7 +34,11 @@ demo: setup
 	$(BIN)/seedling pipeline configs/pipelines/demo.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# Real Slurm, machines that are lost, hundreds of faults: as root on Debian, see docs/clusters.md; else these skip.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
