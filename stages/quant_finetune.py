@@ -65,6 +65,11 @@ class QuantFinetuneConfig(ContextualConfig):
             raise ValueError(
                 f"temperature is {self.temperature} and kl_weight 0, so it has no effect; set kl_weight or leave it out"
             )
+        if self.encoder_training != "full":
+            raise ValueError(
+                f"encoder_training is {self.encoder_training!r}, and this stage trains the scales of what is packed, "
+                "wherever it is; leave it out"
+            )
         if self.llm_training != "frozen":
             raise ValueError(
                 f"llm_training is {self.llm_training!r}, and this stage trains the scales of what is packed; leave it "

@@ -2,7 +2,7 @@
 
 A stage says what is in the prompt beside the speech (`prompts`), and what else it wants to know of a step (`metrics`)
 and of a validation set (`conditions`). Encoder and converter learn, the LLM stays fixed (as in Seed-ASR), unless
-`llm_training` says `lora` or `full`.
+`encoder_training` says `frozen` or `llm_training` says `lora` or `full`.
 Shape letters: B utterances, N target tokens.
 """
 
@@ -38,6 +38,7 @@ from ..runtime.metrics import Metrics
 from ..runtime.stage import StepOutput, on_meta
 from ..runtime.train_config import require_choice
 
+ENCODER_TRAINING = ("frozen", "full")
 LLM_TRAINING = ("frozen", "lora", "full")
 GREEDY = DecodeConfig(context_search="plain")  # for the error rates during training
 
@@ -51,6 +52,7 @@ class RecogniserConfig(TrainingStageConfig):
     converter: ConverterConfig = field(default_factory=ConverterConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     language_share: float = 0.5  # of the utterances in a language of prompts.languages, told which one it is
+    encoder_training: str = "full"
     llm_training: str = "frozen"
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=16))
     ctc_weight: float = 0.0  # of the auxiliary CTC loss on the encoder; 0 builds no CTC head
@@ -58,6 +60,7 @@ class RecogniserConfig(TrainingStageConfig):
     normalizer: str = "whisper-basic"  # for the error rate during training
 
     def __post_init__(self):
+        require_choice("encoder_training", self.encoder_training, ENCODER_TRAINING)
         require_choice("llm_training", self.llm_training, LLM_TRAINING)
         if self.llm_training == "lora" and self.lora.r == 0:
             raise ValueError("llm_training is lora and lora.r is 0; set the rank, as lora.r=16, or llm_training=frozen")
@@ -127,6 +130,8 @@ class RecogniserTraining:
         part = parameter_name.split(".")[0]
         if part == "ctc_head" and self.cfg.ctc_weight == 0:
             return None  # a recogniser gone on from may have one; without its loss only weight decay would move it
+        if part == "encoder" and self.cfg.encoder_training == "frozen":
+            return None
         if part != "llm":
             return part
         if self.cfg.llm_training == "lora":

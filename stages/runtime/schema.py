@@ -53,6 +53,7 @@ ALIASES = {
     "output_dir": "run_dir",
     "exp_dir": "run_dir",
     "encoder_projector_ds_rate": "converter.stride",
+    "freeze_encoder": "encoder_training",
     "freeze_llm": "llm_training",
 }
 

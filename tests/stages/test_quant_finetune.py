@@ -280,6 +280,7 @@ def test_check_builds_and_reads_everything_and_trains_nothing(given, tmp_path, c
         (["kl_weight=0"], "so inputs.teacher has no effect"),
         (["inputs.teacher=PACKED"], "is packed itself"),
         (["inputs.teacher=OTHER"], "has prompts"),
+        (["encoder_training=frozen"], "encoder_training is 'frozen'"),
         (["llm_training=full"], "llm_training is 'full'"),
         (["train.optimizer=muon"], "train.optimizer is muon"),
         (["train.weight_decay=0.1"], "would pull every scale towards 0"),

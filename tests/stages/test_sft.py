@@ -110,6 +110,15 @@ def test_full_training_moves_every_part_and_its_export_is_what_was_trained(train
     same_answers(trained.engine.model.eval(), AudioLLM.from_pretrained(artifact).eval())
 
 
+def test_a_frozen_encoder_keeps_its_bits_while_what_stands_on_it_learns(trainer, capsys):
+    trained = trainer("encoder_training=frozen")
+    before = state(trained.engine.model)
+    trained.fit()
+    changed = tiny_runs.differing(before, trained.engine.model.state_dict())
+    assert {name.split(".")[0] for name in changed} == {"converter", "ctc_head"} == trained.engine.groups.keys()
+    assert "train.lr.encoder has no effect" in capsys.readouterr().out
+
+
 @torch.no_grad()
 def same_answers(a: AudioLLM, b: AudioLLM) -> None:
     wave = torch.from_numpy(tiny_runs.speak("call Marc stop"))[None]
@@ -307,6 +316,7 @@ def test_audio_is_resampled_to_the_rate_of_the_recogniser_gone_on_from(short, ll
         (["inputs.llm=SHARDS"], "not a Hugging Face model folder"),
         (["inputs.lm=LLM"], "nearest: inputs.llm"),
         (["inputs.llm=LLM", "llm_training=some"], "frozen, lora, full"),
+        (["inputs.llm=LLM", "encoder_training=lora"], "frozen, full"),
         (["llm_training=lora", "lora.r=0"], "lora.r is 0"),
         (["inputs.llm=LLM", "ctc_weight=0", "ctc_steps=3"], "ctc_steps is 3"),
         (["inputs.llm=LLM", "ctc_weight=0", "decode.ctc_weight=0.3"], "decode.ctc_weight is 0.3"),
