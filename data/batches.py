@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,8 +22,6 @@ from .plan import MicroBatch, Plan
 
 # The key of what stands in where a micro-batch has no usable utterance: a second of silence, or an empty sentence.
 STAND_IN_KEY = ""
-END = signal.SIGRTMIN + 3  # to a worker, from its own trainer: no launcher or terminal sends it
-PATIENCE_S = 5.0  # of a trainer at its exit with a worker that is amid something
 
 
 class BadUtterance(NamedTuple):
@@ -162,12 +159,10 @@ def _end_workers() -> None:
 
     multiprocessing would send them SIGTERM, which they outlive, and wait for them for ever.
     """
-    workers = [child for child in multiprocessing.active_children() if child.daemon and child.pid]
-    for worker in workers:
-        os.kill(worker.pid, END)
-    for worker in workers:
-        worker.join(PATIENCE_S)
-        worker.kill()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def leave_signals_to_the_trainer(worker: int = 0) -> None:
@@ -175,4 +170,3 @@ def leave_signals_to_the_trainer(worker: int = 0) -> None:
     # A launcher signals the whole process tree; the trainer still needs batches to finish its step and save.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(END, lambda *_: os._exit(0))  # torch takes any other end of a worker for a failure
