@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from seedling.data.batches import PlannedBatches
 from seedling.data.plan import Plan, PlanConfig
