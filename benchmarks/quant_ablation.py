@@ -180,7 +180,7 @@ def _shown(out: Path, test: str, name: str) -> str:
 def seconds(out: Path, *, bits: Sequence[int], groups: Sequence[int]) -> str:
     """Return how long each step took, and the bits that a packed weight takes."""
     took = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    times = {step["name"]: step["seconds"] for step in took["steps"]}
+    times = {name: step["seconds"] for name, step in took["stages"].items()}
     lines = [f"control: {times['control']:.0f} s"]
     for cell in cells(bits, groups):
         metrics = _metrics(out, cell.step)
