@@ -229,9 +229,9 @@ def index_seconds(rows: np.ndarray) -> float:
     return float((rows["samples"] / rows["sample_rate"]).sum())
 
 
-def find_tars(path: str | Path | RemotePath) -> list[Path | RemotePath]:
+def find_tars(path: PathLike, *, remote: RemoteConfig | None = None) -> list[Path | RemotePath]:
     """Return the tars of a folder (and its subfolders), here or on a server, a tar file or a glob pattern, sorted."""
-    path = located(path)
+    path = located(path, remote)
     return list(ShardPaths([_open(path)])) if isinstance(path, RemotePath) else _find_local(path)
 
 

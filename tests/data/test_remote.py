@@ -20,10 +20,12 @@ pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
 from range_server import serving
 
 from seedling.data import host
+from seedling.data.audio_clips import AudioClips
 from seedling.data.audio_sets import AudioDataConfig
 from seedling.data.augment import AugmentConfig
 from seedling.data.batches import make_loader
 from seedling.data.check import check_data
+from seedling.data.contexts.draw import ContextConfig, DrawnContexts
 from seedling.data.host import HostError
 from seedling.data.index import Corpus, index_folder, index_path, read_index
 from seedling.data.payload import PayloadReader
@@ -291,6 +293,18 @@ def test_a_shard_that_was_cut_short_costs_the_utterances_that_it_lacks(folder, t
         found = {bad.key for batch in an_epoch(planned(data_config(place, tmp_path / "cache"))) for bad in batch.bad}
     expected = {bad.key for batch in an_epoch(planned(data_config(local, tmp_path / "none"))) for bad in batch.bad}
     assert found == expected and {f"1-{number}" for number in range(6, UTTERANCES)} <= found
+
+
+def test_contexts_of_a_corpus_on_a_server_are_opened_by_the_settings_of_the_data(server, tmp_path):
+    remote = RemoteConfig(cache_dir=str(tmp_path))
+    opened = DrawnContexts.open([""], corpora=[f"{server.url}/train"], cfg=ContextConfig(), remote=remote)
+    assert len(opened.sidecars) == SHARDS and {shard.config for shard in opened.sidecars} == {remote}
+
+
+def test_players_of_a_report_read_by_the_settings_that_they_are_given(server, folder, tmp_path):
+    clips = AudioClips(f"{server.url}/train", remote=RemoteConfig(cache_dir=str(tmp_path / "cache")))
+    assert clips("1-3") == AudioClips(str(folder))("1-3")
+    assert (tmp_path / "cache" / "total").exists()
 
 
 def test_noise_on_a_server_is_read_by_the_settings_of_the_data(server, folder, tmp_path):
