@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HASHED_WHOLE_BYTES = 64 * 2**20
+CACHES = ("cache", "cache_dir")
 ON_SERVER = re.compile(r"(https?|s3)://\S+$")
 
 
@@ -94,11 +95,13 @@ def _size_and_time(path: str | Path) -> str:
 def paths_in(values: Any) -> Iterator[str]:
     """Yield every text in nested values that names something on disk, glob patterns expanded, or on a server.
 
-    Only texts with a slash or a dot count: a value such as `model` is a word, even where a folder has that name.
+    Only texts with a slash or a dot count: a value such as `model` is a word, even where a folder has that name. What a
+    step keeps for itself (CACHES) changes whenever it runs, and is nothing that it reads.
     """
     if isinstance(values, dict):
-        for value in values.values():
-            yield from paths_in(value)
+        for key, value in values.items():
+            if str(key).rpartition(".")[2] not in CACHES:
+                yield from paths_in(value)
     elif isinstance(values, list | tuple):
         for value in values:
             yield from paths_in(value)

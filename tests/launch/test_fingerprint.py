@@ -56,3 +56,11 @@ def test_an_address_that_is_no_corpus_is_not_asked_for(tmp_path):
         assert corpora_on_servers(asking) == {}
         assert corpora_on_servers({"command": "prepare", "arguments": [endpoint], "options": {}}) == {}
         assert not server.requests
+
+
+def test_a_cache_is_nothing_that_a_step_reads(tmp_path):
+    """It changes whenever the step runs: by its files the step would be another one at each start."""
+    (tmp_path / "words.txt").touch()
+    here, words = str(tmp_path), str(tmp_path / "words.txt")
+    caches = {"cache": here, "remote.cache_dir": here, "data": {"remote": {"cache_dir": here}}}
+    assert [*paths_in({**caches, "words": words})] == [words]
