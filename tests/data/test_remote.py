@@ -25,6 +25,8 @@ from seedling.data.audio_sets import AudioDataConfig
 from seedling.data.augment import AugmentConfig
 from seedling.data.batches import make_loader
 from seedling.data.check import check_data
+from seedling.data.contexts.config import ContextsConfig
+from seedling.data.contexts.contextualize import contextualize
 from seedling.data.contexts.draw import ContextConfig, DrawnContexts
 from seedling.data.host import HostError
 from seedling.data.index import Corpus, index_folder, index_path, read_index
@@ -370,6 +372,18 @@ def test_contexts_of_a_corpus_on_a_server_are_opened_by_the_settings_of_the_data
     remote = RemoteConfig(cache_dir=str(tmp_path))
     opened = DrawnContexts.open([""], corpora=[f"{server.url}/train"], cfg=ContextConfig(), remote=remote)
     assert [shard.config for shard in opened.sidecars] == [remote] * SHARDS
+
+
+def test_contexts_of_a_corpus_on_a_server_are_those_of_the_folder(server, folder, tmp_path):
+    (tmp_path / "names").write_text("".join(f"Name{chr(97 + i)}{chr(97 + j)}\n" for i in range(9) for j in range(9)))
+    settings = {"distractors": str(tmp_path / "names"), "shares": {"irrelevant": 1.0}, "jobs": 1}
+    remote = ContextsConfig(**settings, remote=RemoteConfig(cache_dir=str(tmp_path / "cache")))
+    found = contextualize(f"{server.url}/train", tmp_path / "there", remote)
+    local = contextualize(folder, tmp_path / "here", ContextsConfig(**settings))
+    assert found == local and found.contexts == SHARDS * UTTERANCES
+    for written in (tmp_path / "here").glob("*.*"):
+        assert (tmp_path / "there" / written.name).read_bytes() == written.read_bytes()
+    assert (tmp_path / "cache" / "total").exists()
 
 
 def test_players_of_a_report_read_by_the_settings_that_they_are_given(server, folder, tmp_path):
