@@ -381,7 +381,7 @@ def test_contexts_of_a_corpus_on_a_server_are_those_of_the_folder(server, folder
     found = contextualize(f"{server.url}/train", tmp_path / "there", remote)
     local = contextualize(folder, tmp_path / "here", ContextsConfig(**settings))
     assert found == local and found.contexts == SHARDS * UTTERANCES
-    for written in (tmp_path / "here").glob("*.*"):
+    for written in (tmp_path / "here").glob("[!.]*"):
         assert (tmp_path / "there" / written.name).read_bytes() == written.read_bytes()
     assert (tmp_path / "cache" / "total").exists()
 
