@@ -3,6 +3,7 @@
 from .index import Corpus
 from .loader import utterance_key
 from .payload import PayloadReader
+from .remote import RemoteConfig
 
 MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 
@@ -10,8 +11,8 @@ MIME_TYPES = {b"fLaC": "audio/flac", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 class AudioClips:
     """Call it with a key for (encoded audio, MIME type); None where the corpus has no such utterance."""
 
-    def __init__(self, folder: str):
-        corpus, self.reader = Corpus.open(folder), PayloadReader()
+    def __init__(self, folder: str, *, remote: RemoteConfig | None = None):
+        corpus, self.reader = Corpus.open(folder, remote=remote), PayloadReader()
         self.places = {
             utterance_key(at): (path, at) for shard, path in enumerate(corpus.shards) for at in corpus.index(shard)
         }

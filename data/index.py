@@ -162,8 +162,11 @@ def read_index(tar_path: str | Path | RemotePath, *, digest: bytes = b"") -> np.
         digest = bytes.fromhex(tar_path.version)
         way_out = "run `seedling index` on its folder and upload what it writes"
     try:
-        stat = path.stat() if isinstance(path, Path) else None
-        rows = _mapped(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, digest)
+        if isinstance(path, RemotePath) and not path.version:
+            rows = path.store.map_array(path)
+        else:
+            stat = path.stat() if isinstance(path, Path) else None
+            rows = _mapped(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, digest)
     except FileNotFoundError:
         raise MissingIndex(f"{tar_path}: no index beside it; {way_out}") from None
     except (HostError, MissingIndex):
@@ -220,7 +223,7 @@ def _list_one(tar_path: Path) -> tuple[ShardEntry, int]:
 def _entry_of(tar_path: Path | RemotePath) -> ShardEntry:
     """Return what the list says of a shard, under its whole path."""
     rows, content = read_index(tar_path), index_path(tar_path).read_bytes()
-    tar_bytes = tar_path.stat().st_size if isinstance(tar_path, Path) else 0
+    tar_bytes = tar_path.stat().st_size if isinstance(tar_path, Path) else tar_path.size
     digest = hashlib.sha256(content).digest()
     return ShardEntry(str(tar_path), tar_bytes, len(content), len(rows), index_seconds(rows), digest)
 
@@ -229,9 +232,9 @@ def index_seconds(rows: np.ndarray) -> float:
     return float((rows["samples"] / rows["sample_rate"]).sum())
 
 
-def find_tars(path: str | Path | RemotePath) -> list[Path | RemotePath]:
+def find_tars(path: PathLike, *, remote: RemoteConfig | None = None) -> list[Path | RemotePath]:
     """Return the tars of a folder (and its subfolders), here or on a server, a tar file or a glob pattern, sorted."""
-    path = located(path)
+    path = located(path, remote)
     return list(ShardPaths([_open(path)])) if isinstance(path, RemotePath) else _find_local(path)
 
 

@@ -28,7 +28,7 @@ from .index import Corpus, parse_meta
 from .joining import join_metas, join_waveforms
 from .payload import PayloadReader
 from .plan import MicroBatch
-from .remote import Range, RemoteConfig, RemotePath, drop, start, together
+from .remote import Range, RemoteConfig, RemotePath, drop, forget, start, together
 
 NO_CODES = np.zeros(0, np.uint16)
 
@@ -258,18 +258,33 @@ def utterance_key(at: np.void) -> str:
 
 def utterance_ranges(path: RemotePath, at: np.void) -> list[Range]:
     """Return what is read of an utterance: its meta and its audio, as one range where they are neighbours."""
-    ranges = [Range(path, int(at[f"{part}_offset"]), int(at[f"{part}_size"])) for part in ("audio", "meta")]
-    (first, *more), *apart = together(sorted(each for each in ranges if each.size))
+    (first, *more), *apart = together(sorted(_parts(path, at)))
     whole = Range(path, first.offset, max(each.stop for each in [first, *more]) - first.offset)
     return [whole, *(each for near in apart for each in near)]
+
+
+def _parts(path: RemotePath, at: np.void) -> list[Range]:
+    ranges = (Range(path, int(at[f"{part}_offset"]), int(at[f"{part}_size"])) for part in ("audio", "meta"))
+    return [each for each in ranges if each.size]
 
 
 def read_utterance(path: Path, at: np.void, *, reader: PayloadReader, sample_rate: int) -> tuple[np.ndarray, dict]:
     """Return waveform [N] at `sample_rate` and meta of index row `at` of shard `path`.
 
     Raises ValueError or OSError with the reason. Audio that is not as long as the index says is an error: the plan and
-    its memory rest on the index.
+    its memory rest on the index. What was kept of such an utterance on a server is fetched anew the next time.
     """
+    try:
+        return _decoded(path, at, reader=reader, sample_rate=sample_rate)
+    except HostError:
+        raise
+    except ValueError:
+        if isinstance(path, RemotePath):
+            forget([*utterance_ranges(path, at), *_parts(path, at)])
+        raise
+
+
+def _decoded(path: Path, at: np.void, *, reader: PayloadReader, sample_rate: int) -> tuple[np.ndarray, dict]:
     meta = {}
     if at["meta_size"]:
         payload = reader.read(path, offset=int(at["meta_offset"]), size=int(at["meta_size"]))

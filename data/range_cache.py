@@ -2,8 +2,9 @@
 
 A range is a file, named by a hash of its key and ended by a checksum; its time of change is that of its last use. What
 all files take is a number in `total`, changed under a lock (flock: the kernel frees it when its holder is killed).
-Room is taken before a byte is written, so the bound holds at every moment; who is killed leaves a `.part` that counts
-until the next clean-up. Reading takes no lock: a file appears whole, and if it is gone it is fetched again.
+Room is taken before a byte is written, so the bound holds at every moment. Who writes a `.part` holds a lock on it, so
+others know it from that of a process which was killed, wherever that ran: it counts until the next clean-up. Reading
+takes no lock: a file appears whole, and if it is gone it is fetched again; so may be all of the folder.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
-import threading
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,14 +41,12 @@ class RangeCache:
     def __init__(self, folder: str | Path, *, limit: int):
         self.folder, self.limit = Path(folder), limit
         self._warned = False
-        self._made: set[str] = set()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.folder / "total", os.O_RDWR | os.O_CREAT, 0o600))
+            for name in ("total", "alone"):
+                os.close(self._open(name))
         except OSError as error:
             raise ValueError(
-                f"data.remote.cache_dir: {self.folder} cannot be written ({error.strerror}); name a folder on a local "
-                "disk"
+                f"remote.cache_dir: {self.folder} cannot be written ({error.strerror}); name a folder on a local disk"
             ) from error
 
     def get(self, key: str) -> bytes | None:
@@ -54,20 +54,48 @@ class RangeCache:
         path = self._path(key)
         try:
             with open(path, "rb") as handle:
-                content = handle.read()
+                size = os.fstat(handle.fileno()).st_size
+                payload, checksum = handle.read(max(0, size - CHECKSUM_BYTES)), handle.read()
                 os.utime(handle.fileno())
         except OSError:
             return None
-        payload, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
         if zlib.crc32(payload).to_bytes(CHECKSUM_BYTES, "little") == checksum:
             return payload
-        with self._total() as total:  # half written to disk when the power went
-            total.value -= _remove(_Entry(0, len(content), str(path)))
+        self.drop(key)  # half written to disk when the power went
         return None
 
     def file(self, key: str) -> Path | None:
         """Return the file that begins with the payload of `key` (None as for `get`); mapping it keeps it readable."""
-        return self._path(key) if self.get(key) is not None else None
+        path = self._path(key)
+        try:
+            with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) as content:
+                with memoryview(content) as view, view[:-CHECKSUM_BYTES] as payload:
+                    checksum = zlib.crc32(payload).to_bytes(CHECKSUM_BYTES, "little")
+                whole = content[-CHECKSUM_BYTES:] == checksum
+                os.utime(handle.fileno())
+        except OSError:
+            return None
+        except ValueError:  # an empty file cannot be mapped
+            whole = False
+        if not whole:
+            self.drop(key)
+        return path if whole else None
+
+    def drop(self, key: str) -> None:
+        """Forget the payload of `key`, if there is one."""
+        path = self._path(key)
+        try:
+            with self._total() as total:
+                total.value -= _remove(_Entry(0, path.stat().st_size, str(path)))
+        except OSError as error:
+            log.debug(f"{path}: not there to be dropped ({error})")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process or thread is in here: what all would fetch at once is fetched by one."""
+        with open(self._open("alone"), "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def put(self, key: str, payload: bytes) -> None:
         """Keep a payload, having made room. One that is larger than the cache, or finds the disk full, is not kept."""
@@ -75,20 +103,22 @@ class RangeCache:
         if size > self.limit or path.exists():
             return
         # The size is in the name, so that whoever counts while this is written counts all of it.
-        part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.{size}{PART}")
+        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.{size}{PART}")
         try:
             with self._total() as total:
                 if total.value + size > self.limit:
                     total.value = self._make_room(size)
-                if path.parent.name not in self._made:
-                    path.parent.mkdir(exist_ok=True)
-                    self._made.add(path.parent.name)
-                part.touch(exist_ok=False)
+                if total.value + size > self.limit:
+                    return  # others are writing as much as there may be
+                path.parent.mkdir(exist_ok=True)  # each time: what cleans temporary folders may have removed it
+                descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 total.value += size
-            with open(part, "wb") as handle:
+            with open(descriptor, "wb") as handle:
                 handle.write(payload)
                 handle.write(zlib.crc32(payload).to_bytes(CHECKSUM_BYTES, "little"))
-            os.replace(part, path)
+                handle.flush()
+                os.replace(part, path)
         except OSError as error:
             part.unlink(missing_ok=True)
             if not self._warned:
@@ -103,9 +133,14 @@ class RangeCache:
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return self.folder / digest[:2] / digest[2:]
 
+    def _open(self, name: str) -> int:
+        """Open a file of the folder itself, made where it is not there (any more)."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+
     def _make_room(self, size: int) -> int:
         """Remove what was not used for longest until `size` bytes fit; return what is left. Called under the lock."""
-        entries = sorted(self._entries())
+        entries = sorted(entry for entry in self._entries() if not _is_left(entry))
         used, aim = sum(entry.size for entry in entries), max(0, min(int(KEEP * self.limit), self.limit - size))
         for entry in entries:
             if used <= aim:
@@ -124,7 +159,7 @@ class RangeCache:
     @contextmanager
     def _total(self) -> Iterator[_Total]:
         # Opened anew each time: a lock belongs to an open file, and one opened before a fork would be shared.
-        with open(self.folder / "total", "r+b", buffering=0) as handle:
+        with open(self._open("total"), "r+b", buffering=0) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             stored = handle.read(8)
             before = int.from_bytes(stored, "little") if len(stored) == 8 else self.bytes_used()
@@ -141,27 +176,26 @@ class _Total:
 
 
 def _entry(file: os.DirEntry) -> _Entry | None:
-    """Return what a file takes; the part of a process that is no more is removed."""
+    """Return what a file takes, or will take."""
+    if file.name.endswith(PART):
+        return _Entry(0, int(file.name.removesuffix(PART).rpartition(".")[2]), file.path)
     try:
         stat = file.stat()
-        if file.name.endswith(PART):
-            process, size = file.name.removesuffix(PART).rsplit(".", 2)[1:]
-            if not _alive(int(process.partition("-")[0])):
-                os.unlink(file.path)
-                return None
-            return _Entry(stat.st_mtime_ns, int(size), file.path)
-        return _Entry(stat.st_mtime_ns, stat.st_size, file.path)
     except FileNotFoundError:
         return None
+    return _Entry(stat.st_mtime_ns, stat.st_size, file.path)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+def _is_left(entry: _Entry) -> bool:
+    """Whether it is the part of a process that is no more; it is then removed. Called under the lock."""
+    if not entry.path.endswith(PART):
         return False
-    except PermissionError:
-        pass
+    try:
+        with open(entry.path, "r+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(entry.path)
+    except OSError:  # it is being written, or has just got its name
+        return False
     return True
 
 

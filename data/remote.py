@@ -39,15 +39,15 @@ class RemoteConfig:
     read_ahead: int = 32  # micro-batches of a rank whose audio is fetched before they are loaded
     connections: int = 16  # requests under way in each loading process
     tries: int = 8  # with pauses of 0.5 s to 30 s in between: a server may be away for a minute
-    timeout_seconds: float = 60.0  # of one try, from the request to its last byte (8 MiB at most)
+    timeout_seconds: float = 60.0  # of one try, from the request to its last byte (of 8 MiB at most)
 
     def __post_init__(self):
         for name, low in (("read_ahead", 0), ("connections", 1), ("tries", 1)):
             if getattr(self, name) < low:
-                raise ValueError(f"data.remote.{name} is {getattr(self, name)}; it must be at least {low}")
+                raise ValueError(f"remote.{name} is {getattr(self, name)}; it must be at least {low}")
         for name in ("cache_gigabytes", "timeout_seconds"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"data.remote.{name} is {getattr(self, name)}; it must be above 0")
+                raise ValueError(f"remote.{name} is {getattr(self, name)}; it must be above 0")
 
 
 class Range(NamedTuple):
@@ -67,11 +67,13 @@ class RemotePath:
     """A file or a folder on a server, with the names that pathlib gives to the parts of a path.
 
     `version` tells its content from that of an earlier file in its place, as far as is known: the cache keeps both.
+    `size` is what the file must have in bytes, 0 where nothing says so.
     """
 
     url: str
     settings: tuple = field(default=(), compare=False, repr=False)
     version: str = field(default="", compare=False, repr=False)
+    size: int = field(default=0, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
@@ -94,7 +96,7 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        return replace(self, url=self.url.rsplit("/", 1)[0])
+        return replace(self, url=self.url.rsplit("/", 1)[0], size=0)
 
     def with_suffix(self, suffix: str) -> RemotePath:
         return self.parent / f"{self.stem}{suffix}"
@@ -140,6 +142,13 @@ def drop(ranges: Sequence[Range]) -> None:
         store.drop(own)
 
 
+def forget(ranges: Sequence[Range]) -> None:
+    """Take ranges out of the cache: what was read is not what should be there, and may be when it is fetched again."""
+    for store, own in _by_store(ranges):
+        for each in own:
+            store.cache.drop(_key(each))
+
+
 def _by_store(ranges: Sequence[Range]) -> Iterable[tuple[RemoteStore, list[Range]]]:
     for settings in {each.path.settings for each in ranges}:
         yield _store(settings, os.getpid()), [each for each in ranges if each.path.settings == settings]
@@ -149,6 +158,13 @@ def _by_store(ranges: Sequence[Range]) -> Iterable[tuple[RemoteStore, list[Range
 def _store(settings: tuple, process: int) -> RemoteStore:
     # One per process: threads and connections do not survive a fork.
     return RemoteStore(RemoteConfig(*settings))
+
+
+class _Kept(NamedTuple):
+    """A whole file, and the key under which the cache has it where it could be kept."""
+
+    key: str
+    content: bytes
 
 
 class RemoteStore:
@@ -164,7 +180,7 @@ class RemoteStore:
         self._files: dict[RemotePath, Future] = {}
 
     def read(self, path: RemotePath, *, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes. Raises HostError, FileNotFoundError, or ValueError where the file ends before.
+        """Return exactly `size` bytes. Raises HostError, FileNotFoundError, or OtherFile where they cannot be right.
 
         What lies within a range that was started is taken from there.
         """
@@ -197,33 +213,47 @@ class RemoteStore:
         self._files = {path: self._threads.submit(self._file, path, digest) for path, digest in digests.items()}
 
     def read_file(self, path: RemotePath, *, digest: bytes = b"") -> bytes:
-        """Return all bytes of a file with the sha256 `digest` (if given); from the cache where its version is known."""
-        started = self._files.pop(path, None)
-        return started.result() if started else self._file(path, digest)
-
-    def _file(self, path: RemotePath, digest: bytes) -> bytes:
-        key = _file_key(path)
-        if not path.version or (content := self.cache.get(key)) is None:
-            content = self._host(path).read_file(path.url, digest=digest)
-            if path.version:
-                self.cache.put(key, content)
-        return content
+        """Return all bytes of a file with the sha256 `digest` (if given); from the cache where it has this version."""
+        return self._started_file(path, digest).content
 
     def map_array(self, path: RemotePath, *, digest: bytes = b"") -> np.ndarray:
         """Return the array of a .npy file, mapped from the cache. Raises as np.load where it is none."""
-        content = self.read_file(path, digest=digest)
-        kept = self.cache.file(_file_key(path))
+        key, content = self._started_file(path, digest)
+        kept = self.cache.file(key)
         try:
             return np.load(kept, mmap_mode="r") if kept else _array(content)
         except FileNotFoundError:  # others made room just now
             return _array(content)
+
+    def _started_file(self, path: RemotePath, digest: bytes) -> _Kept:
+        started = self._files.pop(path, None)
+        return started.result() if started else self._file(path, digest)
+
+    def _file(self, path: RemotePath, digest: bytes) -> _Kept:
+        host = self._host(path)
+        if path.version:
+            key = _file_key(path)
+            if (content := self.cache.get(key)) is None:
+                content = host.read_file(path.url, digest=digest).content
+                self.cache.put(key, content)
+            return _Kept(key, content)
+        with self.cache.alone():  # all ranks begin with the same list of shards: one of a node fetches it
+            path = replace(path, version=host.version(path.url))
+            content = self.cache.get(_file_key(path)) if path.version else None
+            if content is None:
+                content, _, version = host.read_file(path.url, digest=digest)
+                path = replace(path, version=version)
+                if version:
+                    self.cache.put(_file_key(path), content)
+            return _Kept(_file_key(path), content)
 
     def _fetch(self, near: Sequence[Range]) -> dict[Range, bytes]:
         """Return neighbouring ranges of one file: those that the cache lacks by one request."""
         found = {each: self.cache.get(_key(each)) for each in near}
         if missing := [each for each in near if found[each] is None]:
             start, stop = missing[0].offset, max(each.stop for each in missing)
-            content = self._host(near[0].path).read(near[0].path.url, offset=start, size=stop - start)
+            path = near[0].path
+            content = self._host(path).read(path.url, offset=start, size=stop - start, file_size=path.size)
             for each in missing:
                 found[each] = content[each.offset - start : each.stop - start]
                 self.cache.put(_key(each), found[each])

@@ -8,7 +8,6 @@ against its hash) when its shard's turn comes. Where files were added or changed
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from pathlib import Path
@@ -79,7 +78,7 @@ def read_shard_list(folder: Path | RemotePath) -> np.ndarray | None:
     path = folder / SHARD_LIST
     try:
         if isinstance(path, RemotePath):
-            rows = np.load(io.BytesIO(path.read_bytes()))
+            rows = path.store.map_array(path)
         else:
             rows = np.load(path, mmap_mode="r")
     except FileNotFoundError:

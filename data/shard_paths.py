@@ -45,7 +45,9 @@ class ListedShards:
 
     def path(self, number: int) -> Path | RemotePath:
         path = self.folder / entry_name(self.rows[number])
-        return replace(path, version=self.digest(number).hex()) if isinstance(path, RemotePath) else path
+        if isinstance(path, RemotePath):
+            return replace(path, version=self.digest(number).hex(), size=int(self.rows["tar_bytes"][number]))
+        return path
 
     def digest(self, number: int) -> bytes:
         return self.rows["digest"][number].tobytes()

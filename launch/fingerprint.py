@@ -1,8 +1,9 @@
 """One hash for what a step reads: an artifact, a prepared corpus, a file or a folder.
 
 An artifact is its manifest and a context sidecar its contexts.json (which hold the hashes of their files), a corpus is
-its indexes, so all of them cost milliseconds; a plain folder, such as a downloaded LLM, is its file names, sizes and
-times. The audio that a manifest names may lie anywhere: it is its sizes and times too, 16 s for a million files.
+its indexes, so all of them cost milliseconds; a corpus on a server is the list of its shards. A plain folder, such as a
+downloaded LLM, is its file names, sizes and times. The audio that a manifest names may lie anywhere: it is its sizes
+and times too, 16 s for a million files.
 """
 
 import glob
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 HASHED_WHOLE_BYTES = 64 * 2**20
+CACHES = ("cache", "cache_dir")
 ON_SERVER = re.compile(r"(https?|s3)://\S+$")
 
 
 def fingerprint(path: str | Path) -> str:
     """Return a hash that changes when what lies at `path` does; "absent" where there is nothing."""
-    if ON_SERVER.match(str(path)):
-        return _of_corpus_on_server(str(path))
     path = Path(path)
     if path.is_file():
         return _of_file(path)
@@ -51,17 +51,31 @@ def audio_fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _of_corpus_on_server(url: str) -> str:
-    """Hash the list of its shards, which holds the hashes of their indexes; "absent" for whatever else is at a URL."""
-    from ..data.host import HostError
-    from ..data.remote import RemoteConfig, located
+def corpora_on_servers(reads: dict[str, Any]) -> dict[str, str]:
+    """Return a hash by address of each corpus on a server among what a step reads; "absent" where there is none.
+
+    Corpora are what a stage's config names below `data`, and the arguments of contextualize; another address, such as
+    that of an endpoint, is only a word. Raises HostError where a server does not say whether it has them: nothing is
+    known then, and least of all that they have changed.
+    """
+    config = reads.get("config") or {}
+    named = reads.get("arguments") if reads.get("command") == "contextualize" else config.get("data")
+    addresses = sorted({value for value in paths_in(named) if ON_SERVER.match(value)})
+    if not addresses:
+        return {}
+    from ..data.remote import RemoteConfig, located  # here: `seedling --help` need not wait for numpy
     from ..data.shard_list import SHARD_LIST
 
-    try:
-        content = (located(url, RemoteConfig(tries=1, timeout_seconds=10.0)) / SHARD_LIST).read_bytes()
-    except (HostError, FileNotFoundError):
-        return "absent"
-    return hashlib.sha256(content).hexdigest()
+    settings = named.get("remote") if isinstance(named, dict) else config.get("remote")
+    found = {}
+    for address in addresses:
+        place = located(address, RemoteConfig(**(settings or {})))
+        listing = place.with_suffix(".index.npy") if place.name.endswith(".tar") else place / SHARD_LIST
+        try:
+            found[address] = hashlib.sha256(listing.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            found[address] = "absent"
+    return found
 
 
 def _of_file(path: Path) -> str:
@@ -81,11 +95,13 @@ def _size_and_time(path: str | Path) -> str:
 def paths_in(values: Any) -> Iterator[str]:
     """Yield every text in nested values that names something on disk, glob patterns expanded, or on a server.
 
-    Only texts with a slash or a dot count: a value such as `model` is a word, even where a folder has that name.
+    Only texts with a slash or a dot count: a value such as `model` is a word, even where a folder has that name. What a
+    step keeps for itself (CACHES) changes whenever it runs, and is nothing that it reads.
     """
     if isinstance(values, dict):
-        for value in values.values():
-            yield from paths_in(value)
+        for key, value in values.items():
+            if str(key).rpartition(".")[2] not in CACHES:
+                yield from paths_in(value)
     elif isinstance(values, list | tuple):
         for value in values:
             yield from paths_in(value)

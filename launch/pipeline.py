@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..stages.runtime.signals import EXIT_INTERRUPTED
-from .fingerprint import audio_fingerprint, fingerprint, paths_in
+from .fingerprint import audio_fingerprint, corpora_on_servers, fingerprint, paths_in
 from .pipeline_config import Pipeline, Step
 from .placement import LOOPBACK, Placement
 from .process import child_environment, run_child
@@ -134,8 +134,12 @@ def _await_first_machine(step: Step, stamp_file: Path) -> None:
 
 
 def digest(step: Step) -> str:
-    """Hash all that decides what a step produces: the version, its config or options, and what those name on disk."""
+    """Hash all that decides what a step produces: the version, its config or options, and what those name.
+
+    Raises HostError where it reads from a server that does not answer now; nothing has been moved or begun then.
+    """
     files = {path: fingerprint(path) for path in sorted(set(paths_in(step.reads)))}
+    files |= corpora_on_servers(step.reads)
     if step.kind == "prepare":
         files |= {f"audio of {path}": audio_fingerprint(path) for path in files}
     text = json.dumps([__version__, step.reads, files], sort_keys=True, default=str)

@@ -96,7 +96,7 @@ class Evaluate:
     def run(self, cfg: EvaluateConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
         world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
         for name in cfg.max_echo:
-            require_contexts(cfg.contexts[name], cfg.data, wanted_by=f"max_echo.{name}")
+            require_contexts(cfg.contexts[name], cfg, wanted_by=f"max_echo.{name}")
         baseline = None
         if "baseline" in inputs:
             baseline = Baseline.read(inputs["baseline"].path, equivalences=equivalences, seed=cfg.seed)
@@ -179,7 +179,7 @@ class Evaluate:
                 "window_seconds": cfg.window_seconds,
                 **asdict(decode),
             },
-            audio=AudioClips(cfg.data),
+            audio=AudioClips(cfg.data, remote=cfg.remote),
             worst=cfg.worst,
         )
         writer.metrics.update(scores.metrics())

@@ -174,7 +174,9 @@ class Quantize:
         cfg, contexts = self.cfg, None
         if any(cfg.contexts):
             drawn = self._as_trained(model)
-            contexts = DrawnContexts.open(cfg.contexts, corpora=cfg.data.train, cfg=drawn, seed=cfg.seed)
+            contexts = DrawnContexts.open(
+                cfg.contexts, corpora=cfg.data.train, cfg=drawn, seed=cfg.seed, remote=cfg.data.remote
+            )
         # Steps of one micro-batch are the same ones, bit for bit, for any number of ranks.
         return cfg.data.training(
             micro_batch_seconds=cfg.batch_seconds,

@@ -58,7 +58,7 @@ class TuneDecoding:
     def run(self, cfg: TuneDecodingConfig, inputs: dict[str, Artifact], writer: ArtifactWriter) -> None:
         world, acllm, equivalences = init_world(), inputs["acllm"], cfg.groups()
         for name, folder in ((RIGHT, cfg.right), (WRONG, cfg.wrong)):
-            require_contexts(folder, cfg.data, wanted_by=name)
+            require_contexts(folder, cfg, wanted_by=name)
         model, decode = load_recogniser(acllm, cfg, world)
         tried = [*cfg.grid(), {"context_search": "plain"}]  # the last one is the reference
         shares = world.gather(list(self._decode(cfg, model, world, [replace(decode, **one) for one in tried])))

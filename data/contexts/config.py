@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..remote import RemoteConfig
 from .templates import FORMS
 
 KINDS = ("relevant", "irrelevant", "conflict", "history", "empty")
@@ -80,6 +81,7 @@ class ContextsConfig:
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     cache: str = ""  # file that keeps every answer of a writer; default OUT/answers.jsonl
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # of shards on http(s):// and s3://
     jobs: int = 0  # processes; 0: as many as cores for templates, 1 for the other writers
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ from .templates import SENTENCES
 
 FORMAT = 1  # raised when the same settings would give other contexts
 NOTES = ".contextualize"
-NOT_SETTINGS = ("jobs", "cache")  # change nothing of what is written
+NOT_SETTINGS = ("jobs", "cache", "remote")  # change nothing of what is written
 WRITER_SETTINGS = {"endpoint": ("model", "parameters"), "llm": ("path", "max_new_tokens", "temperature", "top_p")}
 
 
@@ -74,7 +74,7 @@ def contextualize(
     """
     if (cfg.writer == "templates") != (make_writer is None):
         raise ValueError(f"writer is {cfg.writer}: make_writer must{' not' if make_writer else ''} be given")
-    corpus, out = Corpus.open(shards), Path(out)
+    corpus, out = Corpus.open(shards, remote=cfg.remote), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     jobs = cfg.jobs or (len(os.sched_getaffinity(0)) if make_writer is None else 1)
     with _only_one(out):

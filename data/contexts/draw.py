@@ -17,6 +17,7 @@ import numpy as np
 
 from ..augment import KeyedRandom
 from ..index import Corpus, find_tars, read_index
+from ..remote import RemoteConfig
 from .sidecar import Contexts, UtteranceContext
 
 
@@ -58,8 +59,9 @@ class DrawnContexts:
         cfg: ContextConfig,
         seed: int = 0,
         first: bool = False,
+        remote: RemoteConfig | None = None,
     ) -> DrawnContexts:
-        """Open `folders[i]` ("": none) as the sidecar of the shards in `corpora[i]`."""
+        """Open `folders[i]` ("": none) as the sidecar of the shards in `corpora[i]`; `remote` as for Corpus."""
         if len(folders) != len(corpora):
             raise ValueError(
                 f"{len(corpora)} corpora ({', '.join(map(str, corpora))}) and {len(folders)} folders of contexts; give "
@@ -68,7 +70,7 @@ class DrawnContexts:
         sidecars = {}
         for folder, corpus in zip(folders, corpora):
             reader = Contexts(folder) if str(folder) else None
-            sidecars |= dict.fromkeys(find_tars(corpus), reader)
+            sidecars |= dict.fromkeys(find_tars(corpus, remote=remote), reader)
         return cls(sidecars, cfg, seed, first)
 
     def of(self, shard: Path, row: int, *, key: str, epoch: int) -> UtteranceContext | None:

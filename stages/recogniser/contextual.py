@@ -52,7 +52,9 @@ class ContextualTraining(RecogniserTraining):
         if split == "train":
             if not any(cfg.contexts):
                 return super().batches(cfg, split)
-            drawn = DrawnContexts.open(cfg.contexts, corpora=cfg.data.train, cfg=cfg.context, seed=cfg.seed)
+            drawn = DrawnContexts.open(
+                cfg.contexts, corpora=cfg.data.train, cfg=cfg.context, seed=cfg.seed, remote=cfg.data.remote
+            )
             return cfg.data.training(seed=cfg.seed, contexts=drawn, **self.limits(cfg))
         unknown = sorted(set(cfg.valid_contexts) - set(cfg.data.valid))
         if unknown:
@@ -61,7 +63,9 @@ class ContextualTraining(RecogniserTraining):
                 f"{', '.join(cfg.data.valid) or 'none'}"
             )
         contexts = {
-            name: DrawnContexts.open([folder], corpora=[cfg.data.valid[name]], cfg=cfg.context, first=True)
+            name: DrawnContexts.open(
+                [folder], corpora=[cfg.data.valid[name]], cfg=cfg.context, first=True, remote=cfg.data.remote
+            )
             for name, folder in cfg.valid_contexts.items()
         }
         return cfg.data.validation(contexts=contexts, **self.limits(cfg))

@@ -18,6 +18,7 @@ from ...data.index import Corpus
 from ...data.loader import AudioBatch, utterance_key
 from ...data.phonetics import read_groups
 from ...data.plan import MicroBatch, PlanLimits
+from ...data.remote import RemoteConfig
 from ...data.scoring import NONE, ScoredUtterance, get_normalizer, keywords_of
 from ...data.scoring.conditions import require_no_language
 from ...data.windows import require_window
@@ -39,7 +40,8 @@ DecodeOverrides = all_optional(DecodeConfig, name="DecodeOverrides")
 
 @dataclass(kw_only=True)
 class DecodingConfig(StageConfig):
-    data: str  # folder of shards
+    data: str  # folder of shards, here or on a server
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # of a folder on http(s):// and s3://
     decode: DecodeOverrides = field(default_factory=DecodeOverrides)  # what is set here changes the recogniser's own
     # whether the instruction names each utterance's language, where the recogniser knows it
     tell_language: bool = False
@@ -80,15 +82,15 @@ def require_condition(name: str) -> None:
         )
 
 
-def require_contexts(folder: str, data: str, *, wanted_by: str) -> None:
-    """Refuse a sidecar that is empty for all of `data`: nothing could be counted after decoding."""
-    sidecar, corpus = Contexts(folder), Corpus.open(data)
+def require_contexts(folder: str, cfg: DecodingConfig, *, wanted_by: str) -> None:
+    """Refuse a sidecar that is empty for all of the data: nothing could be counted after decoding."""
+    sidecar, corpus = Contexts(folder), Corpus.open(cfg.data, remote=cfg.remote)
     for number, shard in enumerate(corpus.shards):
         for row, at in enumerate(corpus.index(number)):
             if any(context.text for context in sidecar.of(shard, row, key=utterance_key(at))):
                 return
     raise ValueError(
-        f"{wanted_by}: no utterance of {data} has a context in {folder}, so that nothing can be checked; "
+        f"{wanted_by}: no utterance of {cfg.data} has a context in {folder}, so that nothing can be checked; "
         "give it such contexts, or leave it out"
     )
 
@@ -121,6 +123,7 @@ def given_batches(
         micro_batches=world.size,
         sample_rate=model.fbank.cfg.sample_rate,
         concat=cfg.concat,
+        remote=cfg.remote,
     )
     summary = planned.plan.summary(0)
     if summary.num_refused and world.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
 import threading
@@ -23,7 +24,7 @@ class Request(NamedTuple):
 class RangeServer(ThreadingHTTPServer):
     """`faults` are taken one by one, each by the next GET: a status, or cut, short, reset, silent, trickle, whole.
 
-    `always` is a fault for every GET; `delay_s` delays every answer.
+    `always` is a fault for every GET; `delay_s` delays every answer; without `versions` no answer has an ETag.
     """
 
     daemon_threads = True
@@ -34,6 +35,7 @@ class RangeServer(ThreadingHTTPServer):
         self.faults: deque[int | str] = deque()
         self.always: int | str | None = None
         self.delay_s = 0.0
+        self.versions = True
         self.requests: list[Request] = []
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
@@ -92,7 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif start >= len(content):
             self._send(416, b"", "")
         else:
-            self._send(206 if "Range" in self.headers else 200, content[start:stop], fault or "")
+            headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+            if server.versions:
+                headers["ETag"] = f'"{hashlib.md5(content).hexdigest()}"'
+            ranged = "Range" in self.headers
+            self._send(206 if ranged else 200, content[start:stop], fault or "", headers if ranged else {})
 
     def _hang_up(self) -> None:
         # With nothing to linger for, closing is a reset.
@@ -104,8 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
         return int(first), min(size, int(last) + 1 if last else size)
 
-    def _send(self, status: int, body: bytes, fault: str) -> None:
+    def _send(self, status: int, body: bytes, fault: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         # "short" is an answer that is whole by itself and lacks a half; "cut" breaks off.
         body = body[: len(body) // 2] if fault == "short" else body
         self.send_header("Content-Length", str(len(body)))

@@ -10,7 +10,7 @@ pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
 from range_server import serving
 
 from seedling.data import host
-from seedling.data.host import PIECE, Host, HostError, Patience, pause_before
+from seedling.data.host import PIECE, Host, HostError, OtherFile, Patience, pause_before
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -32,7 +32,7 @@ def test_any_range_is_read_as_it_lies_there(server):
     read = reader().read
     for offset, size in ((0, 1), (5, 1000), (len(CONTENT) - 7, 7), (0, len(CONTENT))):
         assert read(f"{server.url}/a.tar", offset=offset, size=size) == CONTENT[offset : offset + size]
-    assert reader().read_file(f"{server.url}/a.tar") == CONTENT
+    assert reader().read_file(f"{server.url}/a.tar").content == CONTENT
 
 
 def test_a_long_range_comes_in_pieces_and_a_torn_one_costs_one_piece(server, monkeypatch):
@@ -44,11 +44,39 @@ def test_a_long_range_comes_in_pieces_and_a_torn_one_costs_one_piece(server, mon
     assert PIECE <= 16 << 20, "a piece must come through a slow line within the deadline of a try"
 
 
+def test_a_whole_file_comes_in_pieces_and_a_torn_one_costs_one_piece(server, monkeypatch):
+    monkeypatch.setattr(host, "PIECE", 300_000)
+    server.faults.extend([None, None, "cut", 503])
+    found = reader().read_file(f"{server.url}/a.tar")
+    assert (found.content, found.size) == (CONTENT, len(CONTENT)) and found.version
+    assert [request.start for request in server.requests] == [0, 300_000, 600_000, 600_000, 600_000, 900_000]
+
+
+def test_pieces_of_two_versions_never_make_a_file(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "PIECE", 600_000)
+    get, newer = host._get_http, bytes(reversed(CONTENT))
+
+    async def changing(filesystem, url, start, stop):
+        answer = await get(filesystem, url, start, stop)
+        (tmp_path / "a.tar").write_bytes(newer)  # after the first piece
+        return answer
+
+    monkeypatch.setattr(host, "_get_http", changing)
+    assert reader().read_file(f"{server.url}/a.tar").content == newer
+
+
+def test_a_file_that_is_not_as_long_as_it_should_be_is_refused_before_its_bytes_are_used(server):
+    read, url = reader().read, f"{server.url}/a.tar"
+    assert read(url, offset=7, size=100, file_size=len(CONTENT)) == CONTENT[7:107]
+    with pytest.raises(OtherFile, match=rf"{url}: has {len(CONTENT)} bytes, shards.npy lists it with 12"):
+        read(url, offset=7, size=100, file_size=12)
+    assert len(server.requests) == 2, "another try would find the same file"
+
+
 @pytest.mark.parametrize("fault", [500, 502, 503, 429, 408, "cut", "short", "reset"])
 def test_what_may_pass_is_tried_again(server, fault):
     server.faults.extend([fault, fault])
     assert reader().read(f"{server.url}/a.tar", offset=10, size=5000) == CONTENT[10:5010]
-    # After a short answer, whether the file has the last byte at all; that one is spoilt as well.
     assert len(server.requests) == 3
 
 
@@ -67,7 +95,7 @@ def test_a_server_that_does_not_recover_ends_with_its_url_the_tries_and_the_last
         HostError, match=rf"{server.url}/a.tar: no good answer in 3 tries.*the last one: .+; see whether"
     ):
         reader(tries=3, timeout_s=0.5).read(f"{server.url}/a.tar", offset=0, size=1000)
-    assert len(server.requests) == (6 if fault == "short" else 3)  # a short answer is followed by a look at its end
+    assert len(server.requests) == 3
 
 
 def test_a_port_where_nobody_listens_is_tried_and_named():

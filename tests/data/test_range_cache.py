@@ -1,7 +1,9 @@
 """The cache of ranges: what is put in comes out or nothing does; no number of processes or kills breaks its bound."""
 
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -51,6 +53,9 @@ def test_a_damaged_file_is_a_miss_and_is_replaced(tmp_path):
         cache.file("a").write_bytes(damage)
         assert cache.get("a") is None
         cache.put("a", payload(0))
+        cache.file("a").write_bytes(damage)
+        assert cache.file("a") is None
+        cache.put("a", payload(0))
         assert cache.get("a") == payload(0)
 
 
@@ -68,9 +73,70 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, monkeypatch, capl
     assert cache.bytes_used() == 0
 
 
+@pytest.mark.parametrize("removed", ["folders", "total", "everything"])
+def test_what_a_cleaner_of_temporary_files_removes_is_made_again(tmp_path, caplog, removed):
+    folder = tmp_path / "cache"
+    cache = RangeCache(folder, limit=10**6)
+    cache.put("a", payload(0))
+    gone = {"folders": [cache.file("a").parent], "total": [folder / "total"], "everything": [folder]}[removed]
+    for each in gone:
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    for key in ("a", "b"):
+        cache.put(key, payload(1))
+        cache.drop("never there")
+        with cache.alone():
+            assert cache.get(key) == payload(0 if (key, removed) == ("a", "total") else 1)
+    assert not caplog.text
+
+
+def _part(folder, size: int):
+    folder.mkdir(exist_ok=True)
+    part = folder / f"x.writer.{size}.part"
+    part.touch()
+    return part
+
+
+def test_a_part_that_is_being_written_elsewhere_stays_and_one_that_was_left_goes(tmp_path):
+    """Of another pod nothing is known but its lock: its processes have numbers of their own."""
+    cache = RangeCache(tmp_path, limit=10_000)
+    written, left = _part(tmp_path / "00", 3000), _part(tmp_path / "01", 3000)
+    with open(written, "r+b") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with cache._total() as total:
+            total.value = cache.bytes_used()
+        for number in range(20):
+            cache.put(str(number), payload(number))
+        assert written.exists() and not left.exists()
+        assert 3000 < cache.bytes_used() <= 10_000
+    for number in range(20, 40):
+        cache.put(str(number), payload(number))
+    assert not written.exists(), "its writer is no more"
+
+
+def test_nothing_is_kept_beyond_the_limit_where_parts_of_others_take_it_all(tmp_path):
+    cache = RangeCache(tmp_path, limit=10_000)
+    with open(_part(tmp_path / "00", 9_500), "r+b") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with cache._total() as total:
+            total.value = cache.bytes_used()
+        cache.put("a", payload(0))
+        assert cache.get("a") is None and cache.bytes_used() == 9_500
+    cache.put("a", payload(0))
+    assert cache.get("a") == payload(0)
+
+
+def test_a_payload_that_was_dropped_is_gone_and_its_room_free(tmp_path):
+    cache = RangeCache(tmp_path, limit=10**6)
+    cache.put("a", payload(0))
+    cache.drop("a")
+    assert cache.get("a") is None and cache.file("a") is None
+    with cache._total() as total:
+        assert total.value == 0
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"data.remote.cache_dir: .*file.* cannot be written"):
+    with pytest.raises(ValueError, match=r"remote.cache_dir: .*file.* cannot be written"):
         RangeCache(tmp_path / "file" / "cache", limit=10)
 
 

@@ -20,10 +20,14 @@ pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
 from range_server import serving
 
 from seedling.data import host
+from seedling.data.audio_clips import AudioClips
 from seedling.data.audio_sets import AudioDataConfig
 from seedling.data.augment import AugmentConfig
 from seedling.data.batches import make_loader
 from seedling.data.check import check_data
+from seedling.data.contexts.config import ContextsConfig
+from seedling.data.contexts.contextualize import contextualize
+from seedling.data.contexts.draw import ContextConfig, DrawnContexts
 from seedling.data.host import HostError
 from seedling.data.index import Corpus, index_folder, index_path, read_index
 from seedling.data.payload import PayloadReader
@@ -280,17 +284,112 @@ def test_a_tar_of_a_server_is_read_anew_where_it_has_changed(folder, tmp_path):
     assert found[0] != found[1]
 
 
-def test_a_shard_that_was_cut_short_costs_the_utterances_that_it_lacks(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "train")
-    tar = tmp_path / "train" / "shard-000001.tar"
+def bad_in(place, cache: Path) -> set[str]:
+    return {bad.key for batch in an_epoch(planned(data_config(place, cache))) for bad in batch.bad}
+
+
+def cut_short(tar: Path) -> None:
     at = Corpus.open(tar).index(0)[5]
     with open(tar, "r+b") as file:
         file.truncate(int(at["audio_offset"]) + int(at["audio_size"]) // 2)
+
+
+def test_a_shard_that_was_cut_short_costs_the_utterances_that_it_lacks(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    tar = tmp_path / "train" / "shard-000001.tar"
+    cut_short(tar)
     with serving(tmp_path) as cut:
-        place, local = f"{cut.url}/train", tmp_path / "train"
-        found = {bad.key for batch in an_epoch(planned(data_config(place, tmp_path / "cache"))) for bad in batch.bad}
-    expected = {bad.key for batch in an_epoch(planned(data_config(local, tmp_path / "none"))) for bad in batch.bad}
-    assert found == expected and {f"1-{number}" for number in range(6, UTTERANCES)} <= found
+        found = bad_in(f"{cut.url}/train/{tar.name}", tmp_path / "cache")
+    assert found == bad_in(tar, tmp_path / "none")
+    assert {f"1-{number}" for number in range(6, UTTERANCES)} <= found and "1-0" not in found
+
+
+def test_a_shard_that_is_not_as_long_as_its_list_says_costs_all_that_is_in_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    cut_short(tmp_path / "train" / "shard-000001.tar")
+    with serving(tmp_path) as cut:
+        assert bad_in(f"{cut.url}/train", tmp_path / "cache") == {f"1-{number}" for number in range(UTTERANCES)}
+
+
+def other_version(folder: Path, there: Path, *, name: str) -> None:
+    """A folder whose shard `name` holds other audio, of the same size if it can be, under the same keys."""
+    shutil.copytree(folder, there)
+    with open_shard(there / name, sample_rate=RATE) as writer:
+        for number in range(UTTERANCES):
+            writer.add(f"1-{number}", np.zeros(RATE, np.float32), {"text": f"other text {number}", "lang": "en"})
+    index_folder(there)
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_bytes_of_an_old_shard_do_not_stay_when_the_new_list_came_first(folder, tmp_path, same_size):
+    """An upload may put the list and the indexes before the shard: what is read in between is not what they say."""
+    served, name = tmp_path / "served" / "train", "shard-000001.tar"
+    other_version(folder, served, name=name)
+    new = (served / name).read_bytes()
+    old = (folder / name).read_bytes()
+    (served / name).write_bytes(old[: len(new)].ljust(len(new), b"\0") if same_size else old)
+    with serving(tmp_path / "served") as running:
+        place = f"{running.url}/train"
+        assert {key.partition("-")[0] for key in bad_in(place, tmp_path / "cache")} == {"1"}
+        (served / name).write_bytes(new)
+        assert_same_batches(
+            an_epoch(planned(data_config(place, tmp_path / "cache"))), an_epoch(planned(data_config(served, tmp_path)))
+        )
+
+
+@pytest.mark.parametrize("versions", [True, False])
+def test_the_list_of_shards_is_fetched_once_for_all_of_a_node(server, folder, tmp_path, versions):
+    server.versions = versions
+    place = f"{server.url}/train"
+    config = [str(tmp_path / "cache"), place]
+    code = (
+        "import sys; from seedling.data.index import Corpus; from seedling.data.remote import RemoteConfig;"
+        "rows = Corpus.open(sys.argv[2], remote=RemoteConfig(cache_dir=sys.argv[1])).shards.folders[0].rows;"
+        "print(type(rows).__name__, len(rows))"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, *config], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    said = {rank.communicate(timeout=120)[0].strip() for rank in ranks}
+    fetched = sum(request.stop - request.start > 1 for request in server.requests)
+    # A server that does not say which version a file is of leaves each rank with a copy of its own.
+    assert (said, fetched) == ({f"memmap {SHARDS}"}, 1) if versions else ({f"ndarray {SHARDS}"}, 3)
+
+
+def test_a_list_that_was_replaced_is_fetched_again(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    remote = RemoteConfig(cache_dir=str(tmp_path / "cache"))
+    with serving(tmp_path) as running:
+        before = Corpus.open(f"{running.url}/train", remote=remote)
+        (tmp_path / "train" / "shard-000002.tar").unlink()
+        index_folder(tmp_path / "train", list_only=True)
+        after = Corpus.open(f"{running.url}/train", remote=remote)
+    assert (len(before.shards), len(after.shards)) == (SHARDS, SHARDS - 1)
+    assert after.fingerprint == Corpus.open(tmp_path / "train").fingerprint != before.fingerprint
+
+
+def test_contexts_of_a_corpus_on_a_server_are_opened_by_the_settings_of_the_data(server, tmp_path):
+    remote = RemoteConfig(cache_dir=str(tmp_path))
+    opened = DrawnContexts.open([""], corpora=[f"{server.url}/train"], cfg=ContextConfig(), remote=remote)
+    assert [shard.config for shard in opened.sidecars] == [remote] * SHARDS
+
+
+def test_contexts_of_a_corpus_on_a_server_are_those_of_the_folder(server, folder, tmp_path):
+    (tmp_path / "names").write_text("".join(f"Name{chr(97 + i)}{chr(97 + j)}\n" for i in range(9) for j in range(9)))
+    settings = {"distractors": str(tmp_path / "names"), "shares": {"irrelevant": 1.0}, "jobs": 1}
+    remote = ContextsConfig(**settings, remote=RemoteConfig(cache_dir=str(tmp_path / "cache")))
+    found = contextualize(f"{server.url}/train", tmp_path / "there", remote)
+    local = contextualize(folder, tmp_path / "here", ContextsConfig(**settings))
+    assert found == local and found.contexts == SHARDS * UTTERANCES
+    for written in (tmp_path / "here").glob("[!.]*"):
+        assert (tmp_path / "there" / written.name).read_bytes() == written.read_bytes()
+    assert (tmp_path / "cache" / "total").exists()
+
+
+def test_players_of_a_report_read_by_the_settings_that_they_are_given(server, folder, tmp_path):
+    clips = AudioClips(f"{server.url}/train", remote=RemoteConfig(cache_dir=str(tmp_path / "cache")))
+    assert clips("1-3") == AudioClips(str(folder))("1-3")
+    assert (tmp_path / "cache" / "total").exists()
 
 
 def test_noise_on_a_server_is_read_by_the_settings_of_the_data(server, folder, tmp_path):
@@ -304,7 +403,7 @@ def test_noise_on_a_server_is_read_by_the_settings_of_the_data(server, folder, t
     ("setting", "value"), [("tries", 0), ("connections", 0), ("cache_gigabytes", 0), ("timeout_seconds", -1.0)]
 )
 def test_settings_of_a_server_that_cannot_work_are_named(setting, value):
-    with pytest.raises(ValueError, match=rf"data.remote.{setting} is {value}; it must be"):
+    with pytest.raises(ValueError, match=rf"remote.{setting} is {value}; it must be"):
         RemoteConfig(**{setting: value})
 
 

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from range_server import serving
 
+from seedling.data import host
 from seedling.launch.fingerprint import fingerprint, paths_in
 from seedling.launch.pipeline import digest, metrics_of, placement_of_step, run_pipeline, shown
 from seedling.launch.pipeline_config import Step, load_pipeline, yaml_argument
 from seedling.launch.placement import Placement
-from seedling.launch.process import child_environment
+from seedling.launch.process import Ended, child_environment
 from seedling.stages.runtime.config import ConfigError, parse_override
 from seedling.stages.runtime.rendezvous import RANK_VARIABLES
 
@@ -91,6 +93,31 @@ def test_a_failing_step_stops_the_pipeline_with_its_code_and_goes_on_in_its_fold
     Path("runs/toy/two/checkpoint").touch()
     assert run("two.fail=mistake") == (2, [])
     assert Path("runs/toy/two/checkpoint").exists() and not Path("runs/toy/two.1").exists()
+
+
+def test_an_outage_of_the_data_server_moves_no_checkpoint_aside(folder, monkeypatch):
+    pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
+    monkeypatch.setattr(host, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("seedling.launch.pipeline.run_child", lambda *_, **__: Ended(2, asked=False))
+    listing, step = folder / "served" / "train" / "shards.npy", Path("runs/toy/one")
+    listing.parent.mkdir(parents=True)
+    listing.write_bytes(b"one")
+    with serving(folder / "served") as server:
+        settings = [f"one.data={server.url}/train", "one.remote.tries=3", f"one.remote.cache_dir={folder}/cache"]
+        assert run(*settings) == (2, [])
+        step.mkdir()
+        (step / "checkpoint").touch()
+        for fault, said in ((503, "no good answer in 3 tries"), (403, "does not let this job read it")):
+            server.always = fault
+            with pytest.raises(ValueError, match=f"{server.url}/train/shards.npy: .*{said}"):
+                run(*settings)
+        server.always = None
+        server.faults.extend([503, "cut"])  # what may pass is waited for
+        assert run(*settings) == (2, [])
+        assert (step / "checkpoint").exists() and not step.with_name("one.1").exists()
+        listing.write_bytes(b"two")
+        assert run(*settings) == (2, [])
+        assert (step.with_name("one.1") / "checkpoint").exists(), "another corpus is another step"
 
 
 def test_a_stopped_pipeline_stops_its_step_and_runs_nothing_more(folder):

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from seedling.data.remote import RemoteConfig
 from seedling.stages.runtime.artifacts import ArtifactSpec
 from seedling.stages.runtime.config import StageConfig
 
@@ -15,6 +16,8 @@ from seedling.stages.runtime.config import StageConfig
 class CountConfig(StageConfig):
     number: int = 1
     text: str = ""
+    data: str = ""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     fail: str = ""
     sleep_seconds: float = 0.0
 
