@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from .allocations import Allocations
 from .engine import StageLoss
-from .stage import TrainingStage
+from .stage import TrainingStage, another_model
 
 aten = torch.ops.aten
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -126,9 +126,13 @@ def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision:
         module.bfloat16()  # as DeepSpeed does, frozen ones too
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
+        if (another := another_model(stage)) is not None:
+            another.to_empty(device="cpu")
     counter, segments = OperationCounter(), []
     tensors = batch_tensors(batch)
-    with Allocations([*module.parameters(), *module.buffers(), *tensors]) as memory:
+    here = [module] if another is None else [module, another]
+    known = [tensor for each in here for tensor in (*each.parameters(), *each.buffers())]
+    with Allocations([*known, *tensors]) as memory:
         with counter, _gradients_leave(module, memory, segments):
             try:
                 loss = module(batch, torch.device("cpu"))
