@@ -20,7 +20,8 @@ def cache_bytes_per_position(llm: nn.Module, *, autocast: bool) -> float:
     Under autocast keys and values come in the type of their products, whatever that of the weights is.
     """
     weight = token_embeddings(llm).weight
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    # Without the copies of weights that autocast keeps: they are no part of the cache.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
         with Allocations(llm.parameters()) as memory:
             embeddings_BTL = weight.new_zeros(1, MEASURED, weight.shape[1])
             out = llm.get_decoder()(inputs_embeds=embeddings_BTL, use_cache=True)

@@ -123,6 +123,16 @@ def another_model(stage: TrainingStage) -> nn.Module | None:
     return stage.another if isinstance(stage, HoldsAnother) else None
 
 
+def give_shapes(stage: TrainingStage, model: nn.Module) -> None:
+    """Give what was built on meta weights that have a shape and no values: the model, and the one held beside it."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        if (another := another_model(stage)) is not None:
+            another.to_empty(device="cpu")
+
+
 def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:
     """Return a stage's validation sets by name; one without a name is "dev"."""
     valid = stage.batches(cfg, "valid")

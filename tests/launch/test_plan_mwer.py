@@ -6,6 +6,7 @@ from tiny_runs import SFT, make_contexts, make_llm, make_shards, sentences, writ
 from transformers import AutoModelForCausalLM
 
 from seedling.data.contexts.sidecar import UtteranceContext
+from seedling.launch.cli import main
 from seedling.launch.plan import allowed_stages, left_out, plan_run, setting
 from seedling.launch.stage_lookup import load_stage_config
 from seedling.stages.runtime.artifacts import ArtifactWriter, load_inputs
@@ -63,6 +64,13 @@ def test_the_recogniser_that_a_run_began_with_is_held_whole_on_each_rank(folder,
     least, most = (2, 4) if precision == "bf16" else (4, 4)  # an encoder trained in fp32 is loaded in it
     assert least * parameters <= kept.sizes.another - kept.sizes.buffers <= most * parameters
     assert plain.sizes.another == 0
+
+
+def test_a_run_that_keeps_its_first_policy_can_be_checked_without_weights(folder, capsys):
+    planned(folder)  # writes the config
+    given = ["check", "mwer", "--config", str(folder / "mwer.yaml"), *GRPO, "grpo.kl_weight=0.1"]
+    assert main(given) == 0
+    assert "shapes: all fit" in capsys.readouterr().out
 
 
 def test_the_cache_of_a_search_holds_the_contexts(folder):
