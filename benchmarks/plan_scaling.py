@@ -10,7 +10,6 @@ each 2,000 times; the LLM is a folder with a config and a tokenizer.
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +94,10 @@ def scaling_table(run: RunPlan, *, mfu: float) -> list[str]:
     cells = " | ".join(f"{name}: sent, GB | s | efficiency" for name in ("ZeRO 1 and 2", "ZeRO 3"))
     lines = [f"| GPUs | arithmetic, s | {cells} |", "|---" * 8 + "|"]
     for R in WEAK_RANKS:
-        train = replace(run.train, global_batch_seconds=R * run.train.micro_batch_seconds)
+        one_each = run.with_train(global_batch_seconds=R * run.train.micro_batch_seconds)
         row = []
         for zero_stage in (2, 3):
-            at = setting(run._replace(train=train), zero_stage=zero_stage, ranks=R)
+            at = setting(one_each, zero_stage=zero_stage, ranks=R)
             speed = pace(run, at, GPU, mfu=mfu)
             least, most = speed.efficiency
             ends = f"{least:.0%}" if zero_stage < 3 else f"{least:.0%} to {most:.0%}"

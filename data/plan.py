@@ -171,6 +171,8 @@ class _Order(NamedTuple):
 class Plan:
     """Micro-batches of a corpus, step by step. See the head of this file."""
 
+    size_setting = "train.micro_batch_seconds"  # says how large a micro-batch is: cfg.max_seconds
+
     def __init__(self, corpus: UtteranceIndex, cfg: PlanConfig, *, seed: int, micro_batches_per_step: int):
         if micro_batches_per_step < 1 or seed < 0:
             raise ValueError(

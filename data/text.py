@@ -103,6 +103,8 @@ class TextPlan(Plan):
     A line of more than `max_tokens` characters fits into no micro-batch: it is refused by name in the summary.
     """
 
+    size_setting = "max_tokens"
+
     def __init__(
         self,
         corpus: TextCorpus,

@@ -8,6 +8,7 @@ largest are taken to cost in proportion to their padded audio, which for attenti
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from .traffic import Traffic, traffic
 class RunPlan(NamedTuple):
     """What is known of a run whatever its ranks and ZeRO stage."""
 
-    train: TrainConfig
+    stage: Any  # as built
+    cfg: Any
     groups: list[GroupRow]
     sizes: Sizes
     trace: StepTrace  # of the largest micro-batch
@@ -39,6 +41,15 @@ class RunPlan(NamedTuple):
     amount: str  # of an epoch, in words
     steps: int
     typical: float  # cost of a micro-batch on average, of the largest one
+    size_setting: str  # which setting says how large a micro-batch is
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.cfg.train
+
+    def with_train(self, **changes: Any) -> RunPlan:
+        """Return the plan under other values of `train`; ValueError where the config refuses them."""
+        return self._replace(cfg=replace(self.cfg, train=replace(self.train, **changes)))
 
     @property
     def step_flops(self) -> float:
@@ -71,17 +82,19 @@ def plan_run(stage: Any, cfg: Any) -> RunPlan:
     batch = planned.dataset[epoch.largest._replace(index=LATE)]
     trace = trace_step(stage, model, batch, precision=cfg.train.precision)
     return RunPlan(
-        train=cfg.train,
+        stage=stage,
+        cfg=cfg,
         groups=groups,
         sizes=sizes,
         trace=trace,
-        generation=generation_bytes(model, cfg, batch),
+        generation=generation_bytes(stage, model, cfg, batch),
         largest=batch.amount,
         targets=stage.count(batch),
         epoch=epoch,
         amount=planned.plan.amount(epoch),
         steps=cfg.train.max_steps or epoch.steps * cfg.train.epochs,
         typical=_typical_cost(epoch, batch),
+        size_setting=planned.plan.size_setting,
     )
 
 
@@ -110,10 +123,17 @@ def setting(run: RunPlan, *, zero_stage: int, ranks: int, gloo: bool = False) ->
 
 
 def settings(run: RunPlan, ranks: list[int]) -> list[Setting]:
-    """Return every ZeRO stage that the run may have, on each number of ranks."""
-    lowest = 1 if run.train.precision == "bf16" else 0
-    stages = [0] if run.train.optimizer == "muon" else [z for z in ZERO_STAGES if z >= lowest]
-    return [setting(run, zero_stage=zero_stage, ranks=R) for R in ranks for zero_stage in stages]
+    """Return every ZeRO stage that the run's config may have, on each number of ranks."""
+    return [setting(run, zero_stage=zero_stage, ranks=R) for R in ranks for zero_stage in allowed_stages(run)]
+
+
+def allowed_stages(run: RunPlan) -> list[int]:
+    """Return the ZeRO stages that the run's config does not refuse."""
+    allowed = set()
+    for zero_stage in ZERO_STAGES:
+        with suppress(ValueError):
+            allowed.add(run.with_train(zero_stage=zero_stage).train.effective_zero_stage)
+    return sorted(allowed)
 
 
 class Pace(NamedTuple):
@@ -136,31 +156,36 @@ class Pace(NamedTuple):
 def pace(run: RunPlan, at: Setting, gpu: GPU, *, mfu: float) -> Pace:
     """Return how long a step takes; a rank has `accumulation` micro-batches in it."""
     flops = run.trace.flops.model * run.typical * at.accumulation
-    return Pace(flops / (gpu.flops * mfu), at.traffic.seconds(gpu, at.ranks))
+    return Pace(flops / (gpu.peak(run.train.precision) * mfu), at.traffic.seconds(gpu, at.ranks))
 
 
-def nearest_fit(run: RunPlan, gpu: GPU, *, ranks: int) -> str:
-    """Say what to set so that the run fits on so many ranks: the least change that does; "" where it fits as it is."""
-    if setting(run, zero_stage=run.train.zero_stage, ranks=ranks).fits(gpu):
-        return ""
-    known = settings(run, [ranks])
-    for at in known:
-        if at.fits(gpu):
-            return f"train.zero_stage={at.zero_stage}"
-    least = min(known, key=lambda at: at.memory.total)
-    rest = least.memory.total - least.memory.activations
-    if least.memory.activations and rest < gpu.usable:
-        seconds = run.train.micro_batch_seconds * (gpu.usable - rest) / least.memory.activations
-        return (
-            f"train.zero_stage={least.zero_stage} with train.micro_batch_seconds={seconds:.0f}, or "
-            "encoder.activation_checkpointing=true where it is off"
+# What the plan reads of train.deepspeed_extra.zero_optimization, with and without the prefix stage3_.
+KNOWN = (
+    "allgather_bucket_size",
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "sub_group_size",
+)
+
+
+def left_out(run: RunPlan) -> list[str]:
+    """Say what of the config takes or spares memory and time that the plan does not know, a line each."""
+    extra = dict(run.train.deepspeed_extra)
+    zero = {
+        name: v for name, v in extra.pop("zero_optimization", {}).items() if name.removeprefix("stage3_") not in KNOWN
+    }
+    unknown = [*(f"zero_optimization.{name}" for name in zero), *extra]
+    said = [
+        f"train.deepspeed_extra.{name} is not in the plan: its memory, bytes and hours are those without it"
+        for name in unknown
+    ]
+    if workers := getattr(getattr(run.cfg, "generation", None), "workers", 0):
+        said.append(
+            f"generation.workers={workers} is not in the plan: each holds the whole model and its cache on a rank's GPU"
         )
-    more = ranks
-    while more < 2**16:
-        more *= 2
-        if (at := setting(run, zero_stage=least.zero_stage, ranks=more)).fits(gpu):
-            return f"train.zero_stage={at.zero_stage} on {more} ranks"
-    return "none: what a rank holds alone is more than the GPU has; take another GPU or a smaller model"
+    return said
 
 
 def plan_memory(stage: Any, cfg: Any, *, ranks: int) -> Memory:

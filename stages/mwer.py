@@ -35,7 +35,13 @@ from ..model.decoding import Hypothesis
 from .recogniser.contextual import ContextualConfig, ContextualTraining
 from .recogniser.training import Prompts
 from .reinforcement.candidates import NBest, NBestConfig, distinct
-from .reinforcement.generation import Generated, GenerationConfig, WholeModel, generate
+from .reinforcement.generation import (
+    Generated,
+    GenerationConfig,
+    WholeModel,
+    generate,
+    require_workers_under_zero_3,
+)
 from .reinforcement.objectives import group_advantages, grpo_loss, mwer_loss, usable
 from .reinforcement.rewards import RewardConfig, reward_of
 from .reinforcement.risks import RiskConfig, Risks, rare_words
@@ -88,6 +94,7 @@ class MWERConfig(ContextualConfig):
     def __post_init__(self):
         super().__post_init__()
         require_choice("objective", self.objective, OBJECTIVES)
+        require_workers_under_zero_3(self.generation, self.train)
         if self.objective == "grpo" and self.nbest.draw != "sample":
             raise ValueError(
                 f"objective is grpo and nbest.draw is {self.nbest.draw}: a policy gradient is an average over samples; "
@@ -114,6 +121,11 @@ class MWER(ContextualTraining):
         self.generation = make_generation(self, cfg, inputs)
         self.first_policy = deepcopy(model).eval().requires_grad_(False) if cfg.grpo.kl_weight else None
         return model
+
+    @property
+    def another(self) -> AudioLLM | None:
+        """The recogniser that the run began with, where grpo.kl_weight keeps it."""
+        return self.first_policy
 
     def trainable(self, parameter_name: str) -> str | None:
         if self.cfg.ce_weight == 0 and parameter_name.startswith("ctc_head"):

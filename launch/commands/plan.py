@@ -18,7 +18,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--ranks", default="1,8,64,256", metavar="R,R,...", help="processes, one a GPU (default %(default)s)"
     )
     parser.add_argument(
-        "--gpu", default="h200", help="h200, h100, a100, or GB,TFLOP/s,GB/s,GB/s: memory, bf16, link in a node, between"
+        "--gpu",
+        default="h200",
+        help="h200, h100, a100, or GB,TFLOP/s,GB/s,GB/s[,TFLOP/s]: memory, bf16, link in a node of 8, network for each "
+        "GPU, fp32",
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that training reaches (0.4)")
     parser.add_argument("--run", metavar="RUN", help="a run of this config, to print what it measured")
@@ -29,7 +32,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 where the config fits on none of the numbers of ranks."""
     from ...stages.runtime.gpus import parse_gpu
-    from ..plan import nearest_fit, plan_run, settings
+    from ..fitting import Fitting
+    from ..plan import left_out, plan_run, settings
     from ..stage_lookup import load_stage_config
 
     gpu, ranks = parse_gpu(arguments.gpu), parse_ranks(arguments.ranks)
@@ -45,16 +49,34 @@ def plan(arguments: argparse.Namespace) -> int:
     print_memory(known, gpu)
     print(f"\nan optimizer step of {run.train.micro_batches} micro-batches, {arguments.mfu:.0%} of the peak")
     print_pace(run, known, gpu, mfu=arguments.mfu)
-    fits = []
+    for remark in left_out(run):
+        print(remark)
+    fitting, some = Fitting(run, gpu), False
     for R in ranks:
-        change = nearest_fit(run, gpu, ranks=R)
-        fits.append(not change)
-        print(
-            f"{R} ranks, ZeRO {run.train.effective_zero_stage}: " + (f"too large; fits: {change}" if change else "fits")
-        )
+        try:
+            fit = fitting.nearest(R)
+        except ValueError as error:
+            said = f"cannot run: {error}"
+        else:
+            said, some = verdict(fit, R), some or (fit is not None and fits_as_it_is(fit, R))
+        print(f"{R} ranks, ZeRO {run.train.effective_zero_stage}: {said}")
     if arguments.run:
         print_measured(run, Path(arguments.run))
-    return 0 if any(fits) else 1
+    return 0 if some else 1
+
+
+def fits_as_it_is(fit: Any, ranks: int) -> bool:
+    """Whether at most the size of a step is changed, so that the ranks can share its micro-batches."""
+    return fit.ranks == ranks and fit.changes.keys() <= {"train.global_batch_seconds"}
+
+
+def verdict(fit: Any, ranks: int) -> str:
+    """Say whether the run fits on so many ranks, and else with what it does."""
+    if fit is None:
+        return "too large; no ZeRO stage, micro-batch or number of ranks helps: take another GPU or a smaller model"
+    what = "fits" if fits_as_it_is(fit, ranks) else "too large; fits"
+    where = "" if fit.ranks == ranks else f" on {fit.ranks} ranks"
+    return f"{what}{where}{f' with {fit}' if fit.changes else ''}"
 
 
 def parse_ranks(text: str) -> list[int]:
@@ -129,10 +151,10 @@ def print_measured(run: Any, folder: Path) -> None:
         raise ValueError(
             f"{file}: no line has train/mem_growth_gb; the run has logged no step yet, or is of an older version"
         )
-    ranks = int(seen[-1]["train/ranks"])
-    planned = setting(run, zero_stage=run.train.zero_stage, ranks=ranks).memory.total / GB
-    measured = max(line["train/mem_growth_gb"] for line in seen)
+    ranks = seen[-1]["train/ranks"]  # a run may go on with others: each has its own peak
+    measured = max(line["train/mem_growth_gb"] for line in seen if line["train/ranks"] == ranks)
+    planned = setting(run, zero_stage=run.train.zero_stage, ranks=int(ranks)).memory.total / GB
     print(
-        f"{folder}: on {ranks} ranks planned {planned:.2f} GB, measured {measured:.2f} GB, "
+        f"{folder}: on {ranks:g} ranks planned {planned:.2f} GB, measured {measured:.2f} GB, "
         f"{planned / measured - 1:+.1%}"
     )

@@ -136,16 +136,15 @@ def check_set(title: str, planned: Any, stage: Any) -> tuple[Any, Any]:
 
 def check_shapes(stage: Any, model: Any, batch: Any) -> None:
     """Take the loss of a batch with weights that have a shape and no values; a shape that does not fit raises."""
-    from torch._subclasses import FakeTensorMode
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
         UnsupportedOperatorException,
     )
 
-    # Only what meets a weight loses its values: lengths and token ids stay what they are.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+    from ...stages.runtime.stage import give_shapes
+
+    give_shapes(stage, model)  # only what meets a weight loses its values: lengths and token ids stay what they are
     try:
         stage.loss(model, batch)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:

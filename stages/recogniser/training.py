@@ -118,6 +118,7 @@ class RecogniserTraining:
             model = AudioLLM.from_pretrained(acllm.path, config=config, dtype=llm_dtype(cfg))
         else:
             model = AudioLLM(config)
+            (model.llm if config.acoustic_dtype == "float32" else model).to(llm_dtype(cfg))  # as loading does
             model.processor = AudioLLMProcessor.from_pretrained(acllm.path)
         if cfg.prompts.languages:
             prompts = model.processor.prompts

@@ -20,6 +20,7 @@ from ...model.decoding import Hypothesis
 from ..runtime.feed import FedStep
 from ..runtime.seeds import micro_batch_seed
 from ..runtime.stage import TrainingStage
+from ..runtime.train_config import TrainConfig
 
 NBests = list[list[Hypothesis]]  # an N-best list for each utterance of a batch
 WholeModel = Callable[[], AbstractContextManager[nn.Module]]  # what the trainer gives as `weights`
@@ -105,6 +106,16 @@ class Generation(Protocol):
         ...
 
 
+def require_workers_under_zero_3(generation: GenerationConfig, train: TrainConfig) -> None:
+    """Raise ValueError where the training process is to generate with weights that it has to gather for each pass."""
+    if train.effective_zero_stage == 3 and not generation.workers:
+        raise ValueError(
+            "train.zero_stage is 3 and generation.workers is 0: ranks whose hypotheses differ in length would run "
+            "different numbers of forward passes, and wait for one another for ever; set generation.workers=1 or "
+            "train.zero_stage=2"
+        )
+
+
 class InProcess:
     """Generation in the training process, with the weights of the step."""
 
@@ -112,12 +123,7 @@ class InProcess:
     pids = ()
 
     def __init__(self, stage: GeneratingStage, cfg: Any):
-        if cfg.train.effective_zero_stage == 3:
-            raise ValueError(
-                "train.zero_stage is 3 and generation.workers is 0: ranks whose hypotheses differ in length would run "
-                "different numbers of forward passes, and wait for one another for ever; set generation.workers=1 or "
-                "train.zero_stage=2"
-            )
+        require_workers_under_zero_3(cfg.generation, cfg.train)
         self.stage, self.seed, self.step = stage, cfg.seed, 0
 
     def prepared(self, steps: Iterator[FedStep], *, weights: WholeModel, step: int) -> Iterator[FedStep]:

@@ -25,6 +25,7 @@ from torch import nn
 from ...data.plan import MicroBatch
 from ..runtime.artifacts import Artifact
 from ..runtime.feed import FedStep
+from ..runtime.world import local_device
 from .generation import Generated, GeneratingStage, Generation, InProcess, WholeModel, generate
 from .weights import Weights, frozen_digest, take_weights
 from .worker_process import Made, Recipe, Worker, WorkerLost
@@ -123,7 +124,7 @@ class Workers:
             stage=type(self.stage),
             config=asdict(self.cfg),
             inputs=self.inputs,
-            device=next(model.parameters()).device,
+            device=local_device(),
             threads=self.settings.worker_threads,
             frozen=frozen_digest(model),
         )

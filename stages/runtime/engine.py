@@ -36,6 +36,7 @@ from .shards import Shards
 from .stage import TrainingStage
 from .stopwatch import Stopwatch
 from .train_config import TrainConfig
+from .whole_weights import whole_weights
 from .world import World, import_deepspeed
 
 
@@ -245,10 +246,14 @@ class Engine:
             self.ds.train()
 
     @contextlib.contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
-        """Yield the model in eval mode with all its weights present on every rank (ZeRO-3 gathers them)."""
-        parameters = [p for p in self.model.parameters() if hasattr(p, "ds_id")]
-        with import_deepspeed().zero.GatheredParameters(parameters, enabled=bool(parameters)):
+    def whole_model(self, *, everywhere: bool = True) -> Iterator[nn.Module]:
+        """Yield the model in eval mode with all its weights; to be entered on all ranks together.
+
+        Under ZeRO-3 a GPU may have no room for them: they are gathered one at a time, and the yielded model lies in the
+        CPU's memory. Without `everywhere` only the main rank's has its weights.
+        """
+        keep = everywhere or self.world.is_main
+        with whole_weights(self.model, keep=keep) if self.zero_stage == 3 else contextlib.nullcontext():
             with self.evaluating() as model:
                 yield model
 

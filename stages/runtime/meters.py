@@ -25,7 +25,7 @@ class Meters:
 
     def __init__(self, world: World):
         self.world = world
-        self.flops_per_second = 0.0  # of padded audio
+        self.flops_per_second, self.precision = 0.0, ""  # of padded audio; what its products run in
         self.stragglers = Stragglers(world)
         self.remarks: list[str] = []
         self.reset()
@@ -38,8 +38,9 @@ class Meters:
         self.sums: Metrics = {}
         self.grad_norm = 0.0
 
-    def know_work(self, flops: float, *, padded_seconds: float) -> None:
+    def know_work(self, flops: float, *, padded_seconds: float, precision: str) -> None:
         """Note the operations of a micro-batch: those of others are taken to be as many for a second of audio."""
+        self.precision = precision
         self.flops_per_second = flops / padded_seconds if padded_seconds else 0.0
 
     def waited(self, steps: Iterator[T]) -> Iterator[T]:
@@ -100,7 +101,9 @@ class Meters:
         reached = self.flops_per_second * self.padded_seconds / elapsed / self.world.size
         device = self.world.device
         gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        return {"train/tflops_per_s": reached / 1e12} | ({"train/mfu": reached / gpu.flops} if gpu else {})
+        return {"train/tflops_per_s": reached / 1e12} | (
+            {"train/mfu": reached / gpu.peak(self.precision)} if gpu else {}
+        )
 
 
 def mean_metrics(sums: Metrics, *, world: World) -> dict[str, float]:

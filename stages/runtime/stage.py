@@ -98,13 +98,39 @@ class LooksAhead(Protocol):
     `prepared` is a generator that yields `steps` unchanged; the trainer draws one before each optimizer step, and what
     stands between two yields runs on all ranks between two of them. It may pull steps ahead: where the run stands moves
     with what it yields. `step` is the first one's number. `weights()` is to be entered on all ranks together; it yields
-    the model in eval mode with all its weights. The generator is closed when training ends, by an error too.
-    The dry run comes before it, with a batch that is in no step.
+    the model in eval mode with all its weights, under ZeRO-3 in the CPU's memory. The generator is closed when training
+    ends, by an error too. The dry run comes before it, with a batch that is in no step.
     """
 
     def prepared(
         self, steps: Iterator[FedStep], *, weights: Callable[[], AbstractContextManager[nn.Module]], step: int
     ) -> Iterator[FedStep]: ...
+
+
+@runtime_checkable
+class HoldsAnother(Protocol):
+    """What a training stage has besides where each rank holds a second model, one that does not learn.
+
+    It is whole under every ZeRO stage, on the device of the first from the first loss on; None where there is none.
+    """
+
+    @property
+    def another(self) -> nn.Module | None: ...
+
+
+def another_model(stage: TrainingStage) -> nn.Module | None:
+    """Return the model that a stage holds beside the one that learns."""
+    return stage.another if isinstance(stage, HoldsAnother) else None
+
+
+def give_shapes(stage: TrainingStage, model: nn.Module) -> None:
+    """Give what was built on meta weights that have a shape and no values: the model, and the one held beside it."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        if (another := another_model(stage)) is not None:
+            another.to_empty(device="cpu")
 
 
 def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from .allocations import Allocations
 from .engine import StageLoss
-from .stage import TrainingStage
+from .stage import TrainingStage, another_model, give_shapes
 
 aten = torch.ops.aten
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -124,11 +124,12 @@ def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision:
     module = StageLoss(stage, model, bf16=precision != "fp32").train()
     if precision == "bf16":
         module.bfloat16()  # as DeepSpeed does, frozen ones too
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module.to_empty(device="cpu")
+    give_shapes(stage, module)
     counter, segments = OperationCounter(), []
     tensors = batch_tensors(batch)
-    with Allocations([*module.parameters(), *module.buffers(), *tensors]) as memory:
+    models = [each for each in (module, another_model(stage)) if each is not None]
+    known = [tensor for each in models for tensor in (*each.parameters(), *each.buffers())]
+    with Allocations([*known, *tensors]) as memory:
         with counter, _gradients_leave(module, memory, segments):
             try:
                 loss = module(batch, torch.device("cpu"))

@@ -347,7 +347,7 @@ class Trainer:
         batch = self.data.dataset[self.summary.largest._replace(index=last)].to(self.world.device)
         with OperationCounter() as counter:
             took = self.engine.dry_run(batch)
-        self.meters.know_work(counter.flops.model, padded_seconds=batch.padded_seconds)
+        self.meters.know_work(counter.flops.model, padded_seconds=batch.padded_seconds, precision=self.train.precision)
         self.log.say(
             f"dry run of the largest micro-batch: {batch.amount}, "
             f"took {took:.2f} s, peak memory {peak_memory_gb():.2f} GB"
@@ -376,7 +376,7 @@ class Trainer:
                 "trainable_parameters": sum(map(numel, self.engine.trainable)),
             },
         )
-        with self.engine.whole_model() as model:
+        with self.engine.whole_model(everywhere=False) as model:
             if self.world.is_main:
                 self.stage.export(model, writer.start())
                 writer.finish()

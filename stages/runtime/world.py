@@ -70,16 +70,21 @@ class World:
             dist.barrier(group=self.control)
 
 
+def local_device() -> torch.device:
+    """Return the device on which this process trains."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
 def init_world() -> World:
     """Join the job that RANK and WORLD_SIZE describe, or be one of one. Further calls return the same group."""
     if "RANK" not in os.environ:
         # DeepSpeed asks for mpi4py when these are missing.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(free_port())})
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = local_device()
+    if cuda := device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed = import_deepspeed()

@@ -15,19 +15,23 @@ top at a time (peaks, not sums):
 
 Parameters that ZeRO-3 has gathered stay while they are used again soon (`max_reuse_distance`, forward and backward
 together), so a model below half of it is whole on every rank in the middle of a step. The moments are AdamW's; Muon
-keeps one for a matrix. Before training starts DeepSpeed has the whole model on each rank, under ZeRO-3 too.
+keeps one for a matrix. Before training starts DeepSpeed has the whole model on each rank, under ZeRO-3 too; for export
+and for generation workers the weights are gathered one at a time into the CPU's memory (engine.py). A second model that
+a stage holds (`another`) counts among the weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .ds_config import deepspeed_config
 from .optimizer import make_optimizer
 from .parameters import freeze_others, optimizer_groups
+from .stage import TrainingStage, another_model
 from .step_trace import StepTrace
 from .train_config import TrainConfig
 
@@ -47,6 +51,7 @@ class Sizes(NamedTuple):
     muon: int  # in matrices that Muon steps, which has one moment
     workspace: int  # bytes of the optimizer's step itself
     buffers: int  # bytes
+    another: int = 0  # bytes of a second model, which a stage holds whole on each rank
 
 
 class Memory(NamedTuple):
@@ -65,13 +70,13 @@ class Memory(NamedTuple):
         return sum(self[:6])
 
 
-def model_sizes(stage: object, model: nn.Module, cfg: TrainConfig) -> Sizes:
+def model_sizes(stage: TrainingStage, model: nn.Module, cfg: TrainConfig) -> Sizes:
     """Measure a model, which may be on the meta device; sets requires_grad as training does."""
     groups = optimizer_groups(freeze_others(model, stage.trainable), cfg)
     optimizer = make_optimizer(model, groups, cfg)
     numels = [p.numel() for p in model.parameters()]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    threshold = zero_settings(cfg).param_persistence_threshold
+    threshold, another = zero_settings(cfg).param_persistence_threshold, another_model(stage)
     of_groups = [
         (group.get("muon", False), sum(p.numel() for p in group["params"])) for group in optimizer.param_groups
     ]
@@ -83,8 +88,13 @@ def model_sizes(stage: object, model: nn.Module, cfg: TrainConfig) -> Sizes:
         persistent=sum(numel for numel in numels if numel < threshold),
         muon=sum(count for is_muon, count in of_groups if is_muon),
         workspace=max((_muon_workspace(g["params"]) for g in optimizer.param_groups if g.get("muon")), default=0),
-        buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+        buffers=_bytes(model.buffers()),
+        another=_bytes([*another.parameters(), *another.buffers()]) if another is not None else 0,
     )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _muon_workspace(parameters: list[nn.Parameter]) -> int:
@@ -130,7 +140,7 @@ def rank_memory(
     for segment in trace.segments:
         moments.append(held.at("backward", ready, segment.peak + inputs))
         ready += segment.gradient
-    moments += [held.reducing(inputs, gloo=gloo), held.stepping(inputs), held.starting()]
+    moments += [held.reducing(inputs, gloo=gloo), held.stepping(inputs), held.starting(gloo=gloo)]
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -150,6 +160,7 @@ class _Held:
         everything = N + sizes.frozen
         cut = everything - sizes.persistent
         self.weights = self.width * (-(-cut // ranks) + sizes.persistent if self.stage == 3 else everything)
+        self.weights += sizes.another
         self.whole = self.width * everything
         # What stays from one micro-batch to the next.
         self.kept = {0: 0, 1: 6 * N if self.bf16 else 0, 2: 0, 3: FP32 * self.share}[self.stage]
@@ -204,10 +215,14 @@ class _Held:
         copied = 0 if self.bf16 else FP32 * -(-self.sizes.largest_group // self.ranks)
         return self._memory(share, copied, inputs, "optimizer step")
 
-    def starting(self) -> Memory:
-        """When DeepSpeed takes the model over: whole on every rank, and under ZeRO 1 and 2 a group of it twice."""
+    def starting(self, *, gloo: bool) -> Memory:
+        """When DeepSpeed takes the model over: whole on every rank, and under ZeRO 1 and 2 a group of it twice.
+
+        A second model follows to a GPU with the first loss.
+        """
         twice = self.width * self.sizes.largest_group if self.stage in (1, 2) else 0
-        return Memory(self.whole, 0, 0, 0, twice, self.sizes.buffers, "start")
+        weights = self.whole + (self.sizes.another if gloo else 0)
+        return Memory(weights, 0, 0, 0, twice, self.sizes.buffers, "start")
 
     @property
     def live_parameters(self) -> int:

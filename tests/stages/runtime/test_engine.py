@@ -162,6 +162,26 @@ def test_clipping_scales_the_gradient_to_the_limit(tmp_path, zero_stage):
     assert float(moments.norm()) == pytest.approx(0.01 * (1 - engine.cfg.betas[0]), rel=1e-3)
 
 
+def test_a_model_cut_up_is_whole_beside_its_shards_and_trains_on_as_if_it_had_not_been(tmp_path):
+    """Gathered all at once, a large model would not fit where it was trained."""
+    plain, steps = build_engine(tmp_path)
+    looked_at, left_alone = (build_engine(tmp_path, zero_stage=3)[0] for _ in range(2))
+    for engine in (plain, looked_at, left_alone):
+        engine.step(steps[0], total(steps[0]))
+    own = list(looked_at.model.parameters())
+    with looked_at.whole_model() as model:
+        assert not any(p.numel() for p in own), "what the device holds is still cut up"
+        whole = {name: value.clone() for name, value in model.state_dict().items()}
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in own]
+    expected = plain.model.state_dict()
+    assert whole.keys() == expected.keys()
+    assert max(float((whole[name] - value).abs().max()) for name, value in expected.items()) < 1e-6
+    assert all(a is b for a, b in zip(own, looked_at.model.parameters()))
+    for engine in (looked_at, left_alone):
+        assert engine.step(steps[1], total(steps[1])).applied
+    assert weights(looked_at) == weights(left_alone)
+
+
 def test_groups_get_their_own_learning_rate(tmp_path):
     engine, _ = build_engine(tmp_path)
     engine.set_lr(0.5)

@@ -29,7 +29,7 @@ def test_operations_a_second_are_those_of_the_padded_audio_shared_by_the_ranks(m
     now = [100.0]
     monkeypatch.setattr("seedling.stages.runtime.meters.time.perf_counter", lambda: now[0])
     meters = Meters(World(0, 1, torch.device("cpu")))
-    meters.know_work(6e12, padded_seconds=30.0)
+    meters.know_work(6e12, padded_seconds=30.0, precision="bf16")
     result = StepResult(torch.tensor(1.0), {}, 1.0, True)
     agreed = SimpleNamespace(seconds=40, padded_seconds=60, characters=0, padded_characters=0, count=10)
     meters.add(result, agreed)
@@ -40,9 +40,10 @@ def test_operations_a_second_are_those_of_the_padded_audio_shared_by_the_ranks(m
     assert values["train/tokens_per_s"] == 10 / 4
 
 
-def test_a_device_whose_peak_is_known_has_an_mfu(monkeypatch):
+@pytest.mark.parametrize(("precision", "peak"), [("bf16", 312e12), ("autocast", 312e12), ("fp32", 19.5e12)])
+def test_a_device_whose_peak_is_known_has_an_mfu_of_its_precision(monkeypatch, precision, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     meters = Meters(World(0, 2, torch.device("cuda", 0)))
-    meters.know_work(312e12, padded_seconds=1.0)
+    meters.know_work(peak, padded_seconds=1.0, precision=precision)
     meters.padded_seconds = 1.0
     assert meters._work(1.0)["train/mfu"] == pytest.approx(1 / 2)
