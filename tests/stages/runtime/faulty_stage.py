@@ -126,6 +126,18 @@ def with_small_files(root: str, runs: str) -> None:
     toy_stage.main(root, runs)
 
 
+def with_no_room_for_copies(root: str, runs: str) -> None:
+    """Train toy runs where rank 0 can copy no file into a checkpoint."""
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "shutil.copyfile" and "/checkpoints/" in str(args[1]):
+            raise OSError(errno.ENOSPC, "No space left on device", args[1])
+
+    if os.environ["RANK"] == "0":
+        sys.addaudithook(refuse)
+    toy_stage.main(root, runs)
+
+
 def main(root: str, runs: str) -> None:
     """Train the run `run` of `root` with settings and, perhaps, a fault."""
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from seedling.stages.runtime.checkpoint import (
     load_state,
     save_checkpoint,
 )
+from seedling.stages.runtime.deferring_writer import errors_deferred
 from seedling.stages.runtime.signals import EXIT_INTERRUPTED
 from seedling.stages.runtime.trainer import run_training
 from seedling.stages.runtime.world import World
@@ -94,6 +96,42 @@ def test_where_no_file_can_grow_all_ranks_say_so_and_nothing_is_left(tmp_path):
     for rank in (0, 1):
         assert "step_000002: could not be written (rank 0:" in job.output(rank)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_rank_0_does_nothing_of_its_own_while_the_others_wait_for_it(tmp_path):
+    """DeepSpeed has it copy two scripts beside the shards: on a full disk that failed there, outside of all that the
+    ranks tell one another, and the others waited for ever."""
+    settings = {"train": {"max_steps": 4, "save_every": 2, "zero_stage": 1, "hang_timeout": 20}}
+    ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:with_no_room_for_copies").finish()
+    assert find_checkpoint(tmp_path / "run" / "checkpoints", world=ALONE).name == "step_000004"
+
+
+def test_a_file_is_forced_to_disk_by_the_rank_that_wrote_it(tmp_path, monkeypatch):
+    """And where the disk refuses only then, that is one of the errors that all ranks hear of."""
+    forced = []
+
+    def fsync(descriptor):
+        forced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    writer = SimpleNamespace(save=lambda state, path: Path(path).write_bytes(b"shard"))
+    engine = SimpleNamespace(checkpoint_engine=writer)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="quota exceeded"), errors_deferred(engine):
+        engine.checkpoint_engine.save({}, str(tmp_path / "shard.pt"))
+    assert forced == [str(tmp_path / "shard.pt")]
+
+
+def test_a_folder_that_cannot_be_made_is_said_once_all_ranks_are_through():
+    def refuse(path, exist_ok):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    reached = []
+    engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(makedirs=refuse))
+    with pytest.raises(OSError, match="No space left"), errors_deferred(engine):
+        engine.checkpoint_engine.makedirs("folder", exist_ok=True)
+        reached.append("the closing barrier")
+    assert reached
 
 
 @pytest.mark.parametrize(
