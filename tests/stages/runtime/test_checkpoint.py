@@ -4,7 +4,10 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +17,11 @@ from forked_jobs import ForkedJob
 from toy_jobs import load_weights, read_lines
 from toy_stage import ToyStage, toy_config
 
+from seedling.stages.runtime import checkpoint
 from seedling.stages.runtime.checkpoint import (
     TrainState,
     check_resumable,
+    damage,
     find_checkpoint,
     list_checkpoints,
     load_state,
@@ -64,6 +69,47 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, tear, c
     assert "step_000010: torn checkpoint" in caplog.text
 
 
+def test_a_whole_checkpoint_outlives_torn_ones_of_later_steps(tmp_path, caplog):
+    """The run has gone back behind them, so they go, and say so."""
+    torn = [write_checkpoint(tmp_path, step, keep_last=3) for step in (150, 200)]
+    for path in torn:
+        (path / "shards.pt").write_bytes(b"x")
+    assert find_checkpoint(tmp_path, world=ALONE) is None
+    written = write_checkpoint(tmp_path, 100, keep_last=1)
+    assert list_checkpoints(tmp_path) == [written] and find_checkpoint(tmp_path, world=ALONE) == written
+    assert "step_000200: torn checkpoint of a later step than 100" in caplog.text
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
+    """As on NFS, where a file that somebody has open leaves another one in its place."""
+    write_checkpoint(tmp_path, 5)
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).name == "step_000005":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, *args, **kwargs)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert write_checkpoint(tmp_path, 10, keep_last=1).is_dir()
+    assert "step_000005: an old checkpoint, could not be deleted" in caplog.text
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_too(tmp_path, monkeypatch, caplog):
+    write_checkpoint(tmp_path, 5)
+    write_checkpoint(tmp_path, 10)
+    plain_open = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.match("step_000010/shards.pt"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return plain_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert find_checkpoint(tmp_path, world=ALONE).name == "step_000005"
+    assert "step_000010: torn checkpoint (shards.pt cannot be read (Input/output error))" in caplog.text
+
+
 def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
     write_checkpoint(tmp_path, 5).rename(tmp_path / ".step_000005.partial")
     assert find_checkpoint(tmp_path, world=ALONE) is None
@@ -106,6 +152,47 @@ def test_rank_0_does_nothing_of_its_own_while_the_others_wait_for_it(tmp_path):
     assert find_checkpoint(tmp_path / "run" / "checkpoints", world=ALONE).name == "step_000004"
 
 
+class Rank:
+    """One of two ranks that are threads."""
+
+    meeting, board = threading.Barrier(2, timeout=60), [None, None]
+
+    def __init__(self, rank: int):
+        self.rank, self.size, self.is_main = rank, 2, rank == 0
+
+    def gather(self, value):
+        self.board[self.rank] = value
+        self.barrier()
+        values = list(self.board)
+        self.barrier()
+        return values
+
+    def barrier(self):
+        self.meeting.wait()
+
+
+def test_a_file_that_one_rank_alone_sees_yet_is_in_the_manifest(tmp_path, monkeypatch):
+    """A file system of several nodes may be late to list on one what was written on another."""
+    at_once = threading.local()
+
+    def save_shards(staging, tag):
+        at_once.name = f"shard{at_once.rank}.pt"
+        Path(staging, at_once.name).write_bytes(b"shard")
+
+    def list_own(folder):
+        return ["state.json", at_once.name] if at_once.rank == 0 else [at_once.name]
+
+    def run(rank):
+        at_once.rank = rank
+        return save_checkpoint(tmp_path, TrainState(step=5), save_shards=save_shards, world=Rank(rank), keep_last=1)
+
+    monkeypatch.setattr(checkpoint, "list_files", list_own)
+    with ThreadPoolExecutor(2) as ranks:
+        written, _ = ranks.map(run, (0, 1))
+    files = json.loads((written / "manifest.json").read_text())["files"]
+    assert sorted(files) == ["shard0.pt", "shard1.pt", "state.json"] and damage(written) is None
+
+
 def test_a_file_is_forced_to_disk_by_the_rank_that_wrote_it(tmp_path, monkeypatch):
     """And where the disk refuses only then, that is one of the errors that all ranks hear of."""
     forced = []
@@ -138,6 +225,10 @@ def test_a_folder_that_cannot_be_made_is_said_once_all_ranks_are_through():
     ("change", "message"),
     [
         ({"data_fingerprint": "other"}, "training on data .*start it in another run_dir, or with train.resume=never"),
+        (
+            {"config": {"train": {"precision": "bf16"}}, "frozen_digests": ["x", "y"]},
+            "written with train.precision=autocast, this run uses bf16; set train.precision=autocast, or start it in",
+        ),
         ({"zero_stage": 0}, "written with ZeRO stage 2, this run uses 0; set train.zero_stage=2"),
         ({"zero_stage": 1, "frozen_digests": ["x"]}, "frozen weights are not those"),
         ({"world_size": 4, "frozen_digests": ["x"] * 4}, "frozen weights are not those"),
@@ -150,7 +241,7 @@ def test_a_folder_that_cannot_be_made_is_said_once_all_ranks_are_through():
 )
 def test_what_would_not_be_the_same_run_is_refused_with_the_way_out(tmp_path, change, message):
     saved = {"data_fingerprint": "d", "zero_stage": 2, "world_size": 2, "frozen_digests": ["a", "b"]}
-    saved["shapes"] = {"a": [2, 2]}
+    saved |= {"shapes": {"a": [2, 2]}, "config": {"train": {"precision": "autocast"}}}
     with pytest.raises(ValueError, match=message):
         check_resumable(TrainState(**saved), TrainState(**{**saved, **change}), checkpoint=tmp_path)
 
