@@ -30,6 +30,7 @@ from seedling.stages.runtime.checkpoint import (
 from seedling.stages.runtime.deferring_writer import errors_deferred
 from seedling.stages.runtime.signals import EXIT_INTERRUPTED
 from seedling.stages.runtime.trainer import run_training
+from seedling.stages.runtime.watchdog import EXIT_HUNG
 from seedling.stages.runtime.world import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -303,6 +304,25 @@ def test_two_ranks_stopped_by_a_signal_and_then_killed_end_bit_identical(tmp_pat
     last = job(tmp_path, {"killed": settings, "straight": settings}, ranks=2).finish()
     assert "resuming from" in last.output()
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_one_rank_that_is_asked_during_an_evaluation_stops_all_in_it(tmp_path, zero_stage):
+    settings = {"train": {"max_steps": 4, "eval_every": 2, "save_every": 0, "zero_stage": zero_stage}}
+    job = ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:asked_in_evaluation")
+    assert job.wait() == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], job.output()[-2000:]
+    (stopped,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert load_state(stopped).step == 2 and load_state(stopped).owes_evaluation
+    ForkedJob(tmp_path, {"run": settings}, ranks=2).finish()
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "valid/dev/loss" in line] == [2, 4]
+
+
+def test_a_rank_that_does_not_get_as_far_as_training_ends_with_the_others(tmp_path):
+    settings = {"train": {"max_steps": 4, "hang_timeout": 5}}
+    job = ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:with_a_stuck_build")
+    assert job.wait() == [EXIT_HUNG, EXIT_HUNG], job.output()[-2000:]
+    assert "no progress for 5 s (train.hang_timeout) while building the model" in job.output(rank=1)
 
 
 def test_other_data_are_refused_when_resuming(tmp_path):
