@@ -39,6 +39,7 @@ class TrainState:
     samples_seen: int = 0
     bad_utterances: int = 0
     nonfinite_steps: int = 0
+    owes_evaluation: bool = False  # asked to stop before the evaluation that was due
     best: dict = field(default_factory=dict)  # metric, value and step of the best evaluation so far (train.keep_best)
     data_fingerprint: str = ""
     frozen_digests: list[str] = field(default_factory=list)
@@ -52,10 +53,14 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first; staging folders are not among them."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def save_checkpoint(
@@ -69,19 +74,38 @@ def save_checkpoint(
         _together(world, lambda: _begin(staging) if on_main else None)
         _together(world, lambda: save_shards(str(staging), SHARDS))
         _together(world, lambda: write_synced(staging / "state.json", _as_json(asdict(state))) if on_main else None)
+        # A node may not yet list what was written on another one, but its own files it does: all lists are one whole.
+        names = sorted(set().union(*_together(world, lambda: list_files(staging))))
         # Each rank hashes its share: one process would need a minute for the shards of a large model.
-        shares = _together(world, lambda: describe_files(staging, list_files(staging)[world.rank :: world.size]))
+        shares = _together(world, lambda: describe_files(staging, names[world.rank :: world.size]))
         files = {name: facts for share in shares for name, facts in sorted(share.items())}
         manifest = _as_json({"step": state.step, "files": files})
         _together(world, lambda: _finish(staging, target, manifest) if on_main else None)
     except OSError as error:
         raise _not_written(target, staging, error, world=world) from error
-    best = checkpoint_name(state.best["step"]) if state.best else ""
-    for old in list_checkpoints(folder)[keep_last:] if on_main else []:
-        if old.name != best:
-            shutil.rmtree(old)
+    if on_main:
+        _prune(folder, state, keep_last=keep_last)
     world.barrier()
     return target
+
+
+def _prune(folder: Path, state: TrainState, *, keep_last: int) -> None:
+    """Delete what the checkpoint just written makes useless; what cannot be deleted is named and stays.
+
+    Those of later steps are torn: a run goes on from the newest whole one. Left there, they would take the places of
+    whole ones, and one that can be read again would have steps that the logs have no more.
+    """
+    found = list_checkpoints(folder)
+    torn = [path for path in found if step_of(path) > state.step]
+    best = checkpoint_name(state.best["step"]) if state.best else ""
+    old = [path for path in found[len(torn) :][keep_last:] if path.name != best]
+    for path in torn:
+        log.warning(f"{path}: torn checkpoint of a later step than {state.step}, written now: deleting it")
+    for path in torn + old:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            log.warning(f"{path}: an old checkpoint, could not be deleted ({error})")
 
 
 def _as_json(values: dict) -> str:
@@ -151,6 +175,22 @@ def find_checkpoint(folder: Path, *, world: World) -> Path | None:
     return folder / chosen if chosen else None
 
 
+def damage_seen(checkpoint: Path, *, world: World) -> str | None:
+    """Return what rank 0 finds wrong with a checkpoint, or None, on all ranks."""
+    return world.gather(damage(checkpoint) if world.is_main else None)[0]
+
+
+def delete_checkpoints(folder: Path, *, world: World) -> None:
+    """Delete all of a run's checkpoints; OSError on all ranks where one cannot be deleted."""
+
+    def delete() -> None:
+        for old in list_checkpoints(folder) if world.is_main else []:
+            log.warning(f"train.resume=never: deleting {old}")
+            shutil.rmtree(old)
+
+    _together(world, delete)
+
+
 def load_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
@@ -169,6 +209,12 @@ def check_resumable(state: TrainState, now: TrainState, *, checkpoint: Path) -> 
             f"{checkpoint}: written while training on data {state.data_fingerprint[:16]}, this run's data is "
             f"{now.data_fingerprint[:16]} (corpus, labels, plan limits, seed or batch size changed); "
             f"to train on the new data, {away}"
+        )
+    precisions = [config.get("train", {}).get("precision", "fp32") for config in (state.config, now.config)]
+    if (precisions[0] == "bf16") != (precisions[1] == "bf16"):
+        raise ValueError(
+            f"{checkpoint}: written with train.precision={precisions[0]}, this run uses {precisions[1]}; set "
+            f"train.precision={precisions[0]}, or {away}. Only fp32 and autocast go on from one another"
         )
     if bool(state.zero_stage) != bool(now.zero_stage):
         raise ValueError(

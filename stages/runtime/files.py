@@ -35,12 +35,15 @@ def find_damage(folder: Path, described: dict[str, dict]) -> str | None:
     """Return what is wrong with the first damaged file, or None when all are as described."""
     for name, facts in described.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['bytes']}"
-        if file_hash(path) != facts["blake2b"]:
-            return f"{name} differs from the hash in its manifest"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['bytes']}"
+            if file_hash(path) != facts["blake2b"]:
+                return f"{name} differs from the hash in its manifest"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -28,20 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class _Lines:
-    """A file of JSON lines with a `step` each, cut back to `keep_to_step` when opened."""
+    """A file of JSON lines with a `step` each, in their order, cut back to `keep_to_step` when opened."""
 
     def __init__(self, path: Path, *, keep_to_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep_to_step:
-                        kept.append(line)
-                except ValueError:
-                    break  # a line that a kill cut short
-        beside = path.with_name(f".{path.name}.new")  # a kill leaves the old file or the new one
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+        with path.open("a+b") as file:
+            file.truncate(_end_of_step(file, keep_to_step))
+            os.fsync(file.fileno())
         self.path, self.file = path, path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
@@ -56,6 +48,29 @@ class _Lines:
     def sync(self) -> None:
         """Force what was written to disk: a power cut must not take lines of steps that a checkpoint has."""
         os.fsync(self.file.fileno())
+
+
+def _end_of_step(file: BinaryIO, step: int) -> int:
+    """Return the offset behind the last line of a step up to `step`, by bisection: a ledger may have 30 GB."""
+    low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin before low stay, those that begin from high on go
+    while low < high:
+        middle = (low + high) // 2
+        file.seek(max(middle - 1, 0))
+        if middle:
+            file.readline()  # to the first line that begins at `middle` or behind it
+        if file.tell() < high and _is_up_to(file.readline(), step):
+            low = file.tell()
+        else:
+            high = middle
+    return low
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is whole, and of a step up to `step`; a kill cuts the last one short."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except ValueError:
+        return False
 
 
 class RunLog:

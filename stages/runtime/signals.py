@@ -1,12 +1,16 @@
-"""SIGTERM and SIGINT ask the loop to stop after the step; a second one means it."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to stop; a second one, some seconds later, means it."""
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from typing import Any
 
 # sysexits.h: "temporary failure, try again". Not 0: a pipeline must not take an interrupted stage for a finished one.
 EXIT_INTERRUPTED = 75
+# A terminal that closes sends SIGHUP twice, by the shell and by the kernel: one request.
+SAME_REQUEST_SECONDS = 3.0
 
 
 class Interrupted(SystemExit):
@@ -16,25 +20,43 @@ class Interrupted(SystemExit):
         super().__init__(EXIT_INTERRUPTED)
 
 
-class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets `requested`; the second takes its usual course."""
+class StopAgreed(Exception):
+    """All ranks know that the run is to stop where it stands; who leads the run writes a checkpoint and leaves."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+class StopRequest:
+    """While entered, the first of SIGNALS sets `requested`; one that comes later takes its usual course.
+
+    SIGHUP comes when the terminal closes, SIGUSR1 from Slurm before a job's time is up. These two stay ignored where
+    they are: under nohup, and in ranks, which their launcher asks by SIGTERM.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.asked_at = math.inf
         self.before: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        return self.asked_at < math.inf
+
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        ignored = [number for number in self.MAY_BE_IGNORED if signal.getsignal(number) == signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
 
-    def _ask(self, *_: Any) -> None:
-        self.requested = True
-        self._restore()
+    def _ask(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if not self.requested:
+            self.asked_at = now
+        elif now - self.asked_at > SAME_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.before.items():

@@ -64,7 +64,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     eval_first: bool = False  # evaluate before the first step as well: what the run began with
-    save_every: int = 500
+    save_every: int = 500  # and after the last step; 0: only when asked to stop, and of the best (keep_best)
     keep_last: int = 2
     keep_best: str = ""  # a metric, as valid/dev/loss: end with the weights of its lowest evaluation, not the last ones
     num_workers: int = 0

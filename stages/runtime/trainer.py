@@ -1,45 +1,48 @@
-"""The one training loop. Read `Trainer.fit` and `Trainer.train_step`: the order in them is the whole of it.
+"""The one training loop. Read `fit`, `train_to_the_end` and `train_step`: the order in them is the whole of it.
 
 Every rank runs the same steps, by construction of the plan. Before each step the ranks add up a few numbers on the CPU
 (the loss's normaliser, seconds, bad utterances, requests to stop), so that all agree on the step, and on the step after
-which to stop. SIGTERM and SIGINT finish the step, write a checkpoint and leave with exit code 75 (EX_TEMPFAIL: start
-again to go on).
+which to stop. A request to stop (signals.py) finishes the step, or ends the evaluation, writes a checkpoint and leaves
+with exit code 75 (EX_TEMPFAIL: start again to go on).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 
 from ...data.plan import Cursor
+from .agreement import Agreed, agree
 from .artifacts import Artifact, ArtifactWriter, check_target, load_artifact, load_inputs
 from .checkpoint import (
     SHARDS,
     TrainState,
     check_resumable,
     checkpoint_name,
+    damage_seen,
+    delete_checkpoints,
     find_checkpoint,
-    list_checkpoints,
     load_state,
     save_checkpoint,
 )
 from .communication import CommunicationWatch
 from .engine import Engine, StepResult
+from .evaluation import Evaluation, require_set_of
 from .feed import FedStep, feed
+from .length import run_length
 from .logs import RunLog
-from .meters import Meters, mean_metrics, peak_memory_gb, resident_gb
+from .meters import Meters, peak_memory_gb, resident_gb
 from .parameters import format_table, numel, parameter_table
 from .schedule import lr_factor
-from .signals import Interrupted, StopRequest
+from .signals import Interrupted, StopAgreed, StopRequest
 from .stage import LooksAhead, RunStage, TrainingStage, validation_sets
 from .step_trace import OperationCounter
 from .watchdog import Watchdog
@@ -48,34 +51,28 @@ from .world import World, init_world
 log = logging.getLogger(__name__)
 
 
-class Agreed(NamedTuple):
-    """What all ranks know of a step before it runs, summed over them."""
-
-    count: float
-    seconds: float
-    padded_seconds: float
-    characters: float
-    padded_characters: float
-    utterances: float
-    bad: float
-    stop: float
-
-
 class Trainer:
     """One run of a training stage on this rank. `fit` trains to the end; `export` writes the artifact."""
 
-    def __init__(self, stage: TrainingStage, cfg: Any, *, run_dir: Path, world: World):
+    def __init__(
+        self, stage: TrainingStage, cfg: Any, *, run_dir: Path, world: World, watchdog: Watchdog | None = None
+    ):
         self.stage, self.cfg, self.train, self.run_dir, self.world = stage, cfg, cfg.train, run_dir, world
+        self.watchdog = watchdog or watchdog_of(cfg, run_dir=run_dir, world=world)
         self.train.accumulation_steps(world.size)  # before anything slow
         self.memory_before = resident_gb()
         torch.manual_seed(cfg.seed)
+        self.watchdog.beat("reading the inputs")
         self.inputs = load_inputs(stage.consumes, cfg.inputs, stage=cfg.stage)
+        self.watchdog.beat("building the model")
         model = stage.build(cfg, self.inputs)
+        self.watchdog.beat("planning the data")
         self.data = stage.batches(cfg, "train")
         self.valid = validation_sets(stage, cfg)
-        self._require_validation_set_of_best()
+        require_set_of(self.train.keep_best, self.valid)
         self.summary = self.data.plan.summary(0)
-        self.total_steps = self._total_steps()
+        self.total_steps, self.steps_are_estimated = run_length(self.data.plan, self.summary, self.train)
+        self.watchdog.beat("starting DeepSpeed")
         self.engine = Engine(stage, model, self.train, world=world, seed=cfg.seed)
         self.state = TrainState(
             data_fingerprint=self.data.fingerprint,
@@ -84,10 +81,18 @@ class Trainer:
             config=asdict(cfg),
             world_size=world.size,
             zero_stage=self.engine.zero_stage,
+            owes_evaluation=self.train.eval_first,
         )
-        self.watchdog = Watchdog(run_dir, rank=world.rank, timeout=self.train.hang_timeout)
+        self.evaluation = Evaluation(
+            stage,
+            self.engine,
+            self.valid,
+            world=world,
+            num_workers=self.train.num_workers,
+            watchdog=self.watchdog,
+        )
         self.latest_metrics: dict[str, float] = {}
-        self.evaluated_step = -1
+        self.evaluated_step = self.saved_step = -1
 
     def fit(self) -> None:
         """Train from the newest checkpoint, or from the beginning, to the last step."""
@@ -96,30 +101,40 @@ class Trainer:
         with closing(self._open_log()) as self.log, StopRequest() as self.stop, closing(self.steps()) as steps:
             self.announce()
             self.dry_run()
-            if self.train.eval_first and self.state.step == 0:
+            try:
+                self.train_to_the_end(steps)
+            except StopAgreed:
+                self.leave()
+
+    def train_to_the_end(self, steps: Iterator[FedStep]) -> None:
+        """Take the steps that are left, and all that comes between and after them; StopAgreed where a rank is asked."""
+        if self.state.owes_evaluation:
+            self.evaluate()
+        for fed in self.meters.waited(steps):
+            agreed = self.agree(fed)
+            result = self.train_step(fed, agreed)
+            self.count_step(fed, agreed, result)
+            self.watchdog.beat(f"between steps {self.state.step} and {self.state.step + 1}")
+            if self.due(self.train.log_every):
+                self.log_metrics()
+            if agreed.stop:
+                raise StopAgreed
+            if self.state.owes_evaluation:
                 self.evaluate()
-                if self.at_best():
-                    self.save()
-            for fed in self.meters.waited(steps):
-                agreed = self.agree(fed)
-                result = self.train_step(fed, agreed)
-                self.count_step(fed, agreed, result)
-                self.watchdog.beat(f"between steps {self.state.step} and {self.state.step + 1}")
-                if self.due(self.train.log_every):
-                    self.log.metrics(self.state.step, self.train_metrics())
-                    for remark in self.meters.remarks:
-                        self.log.say(remark)
-                if self.due(self.train.eval_every):
-                    self.evaluate()
-                if self.due(self.train.save_every) or agreed.stop or self.at_best():
-                    self.save()
-                if agreed.stop:
-                    self.log.say(f"stopped on request after step {self.state.step}; start again to go on")
-                    raise Interrupted
-            self.check_frozen()
-            if self.evaluated_step != self.state.step:
-                self.evaluate()
-            self.return_to_best()
+            if self.due(self.train.save_every):
+                self.save_once()
+        self.check_frozen()
+        if self.train.save_every:
+            self.save_once()
+        if self.evaluated_step != self.state.step:
+            self.evaluate()
+        self.weights_step = self.return_to_best()
+
+    def leave(self) -> NoReturn:
+        """Stop as all ranks have agreed to. An evaluation that was due and is not done comes after the resume."""
+        self.save_once()
+        self.log.say(f"stopped on request after step {self.state.step}; start again to go on")
+        raise Interrupted
 
     def train_step(self, fed: FedStep, agreed: Agreed) -> StepResult:
         """Forward and backward of this rank's micro-batches, clip, step; a step that is not finite changes nothing."""
@@ -135,20 +150,10 @@ class Trainer:
         return result
 
     def agree(self, fed: FedStep) -> Agreed:
-        """Sum what the ranks must agree on, and stop the run where the data are too bad."""
-        mine = Agreed(
-            count=sum(self.stage.count(batch) for batch in fed.batches),
-            seconds=sum(batch.seconds for batch in fed.batches),
-            padded_seconds=sum(batch.padded_seconds for batch in fed.batches),
-            characters=sum(batch.characters for batch in fed.batches),
-            padded_characters=sum(batch.padded_characters for batch in fed.batches),
-            utterances=sum(batch.utterances for batch in fed.batches),
-            bad=sum(len(batch.bad) for batch in fed.batches),
-            stop=self.stop.requested,
-        )
+        """Sum what the ranks must agree on, and end the run where the data are too bad."""
         for bad in (bad for batch in fed.batches for bad in batch.bad):
             log.warning(f"bad utterance: {bad}")
-        agreed = Agreed(*self.world.sum([float(x) for x in mine]))
+        agreed = agree(fed, self.stage, stop=self.stop.requested, world=self.world)
         self.state.bad_utterances += int(agreed.bad)
         # Judged against a thousand utterances or an epoch at least: one in the first batch of ten is not yet 10 %.
         seen = max(self.state.samples_seen, min(1000, self.summary.utterances))
@@ -164,8 +169,7 @@ class Trainer:
         """Planned steps with this rank's batches, from where the run stands to its last step."""
         cursor = Cursor.from_dict(self.state.cursor) if self.state.cursor else None
         remaining, epochs = self.total_steps - self.state.step, None
-        if self.train.epochs and self.summary.sampled_windows:
-            # Epochs too long to be counted beforehand: total_steps is an estimate, and they end where the plan does.
+        if self.steps_are_estimated:
             remaining, epochs = None, self.train.epochs
         if remaining is None or remaining > 0:
             fed = feed(self.data, world=self.world, num_workers=self.train.num_workers, cursor=cursor, epochs=epochs)
@@ -177,11 +181,16 @@ class Trainer:
     def due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0)
 
+    def at_last_step(self) -> bool:
+        return self.state.step == self.total_steps and not self.steps_are_estimated
+
     def count_step(self, fed: FedStep, agreed: Agreed, result: StepResult) -> None:
         """Move the run's state past a step, the same on every rank."""
         self.state.cursor = fed.planned.cursor.to_dict()
         self.state.epoch = fed.planned.micro_batches[0].epoch
         self.state.samples_seen += int(agreed.utterances)
+        # That of the last step comes after its checkpoint, where it is known to be the last.
+        self.state.owes_evaluation = self.due(self.train.eval_every) and not self.at_last_step()
         self.meters.add(result, agreed)
         utterances = [pair for micro_batch in fed.planned.micro_batches for pair in micro_batch.utterances]
         self.log.advance(self.state.step, epoch=self.state.epoch, utterances=utterances)
@@ -201,6 +210,11 @@ class Trainer:
             )
         self.log.say(message)
 
+    def log_metrics(self) -> None:
+        self.log.metrics(self.state.step, self.train_metrics())
+        for remark in self.meters.remarks:
+            self.log.say(remark)
+
     def train_metrics(self) -> dict[str, float]:
         factor = lr_factor(self.state.step - 1, total_steps=self.total_steps, cfg=self.train)
         rates = {name: self.train.lr[name] * factor for name in self.engine.groups}
@@ -217,83 +231,64 @@ class Trainer:
         }
 
     def evaluate(self) -> None:
-        """Evaluate every validation set on the model as it is, and note whether it is the best so far."""
+        """Evaluate every validation set on the model as it is; the best so far is kept as a checkpoint."""
         values = self.measure()
+        self.evaluated_step, self.state.owes_evaluation = self.state.step, False
         if name := self.train.keep_best:
             if name not in values:
                 raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
             best = self.state.best if self.state.best.get("metric") == name else None
             if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
                 self.state.best = {"metric": name, "value": values[name], "step": self.state.step}
+                self.save()
 
     def measure(self) -> dict[str, float]:
-        """Return the metrics of every validation set, of which each rank takes its share of the batches."""
-        values = {}
-        for name, data in self.valid.items():
-            with self.engine.evaluating() as model:
-                fed = feed(data, world=self._evaluators(), num_workers=self.train.num_workers, epochs=1)
-                sums = self.stage.evaluate(model, self._watched(fed, name))
-            means = mean_metrics(sums, world=self.world)
-            values |= {f"valid/{name}/{metric}": value for metric, value in means.items()}
+        """Return the metrics of every validation set, having logged them."""
+        values = self.evaluation.measure(step=self.state.step, stop=self.stop)
         if values:
             self.latest_metrics = values
-            self.evaluated_step = self.state.step
             self.log.metrics(self.state.step, values)
             self.log.say(f"step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         return values
 
-    def _watched(self, steps: Iterator[FedStep], name: str) -> Iterator[Any]:
-        """Yield the batches of a validation set on this rank's device; each counts as progress."""
-        for number, step in enumerate(steps, 1):
-            self.watchdog.beat(f"evaluating batch {number} of {name} after step {self.state.step}")
-            yield from (batch.to(self.world.device) for batch in step.batches)
+    def return_to_best(self) -> int:
+        """Load the weights of the best evaluation again, and evaluate them: the artifact's metrics are theirs.
 
-    def at_best(self) -> bool:
-        """Whether the weights as they are have been evaluated, as the best so far."""
-        return self.state.best.get("step") == self.state.step == self.evaluated_step
-
-    def return_to_best(self) -> None:
-        """Load the weights of the best evaluation again, and evaluate them: the artifact's metrics are theirs."""
+        Return after which step the weights are.
+        """
         best = self.state.best
         if not self.train.keep_best or best["step"] == self.state.step:
-            return
-        self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
+            return self.state.step
         checkpoint = self.checkpoints / checkpoint_name(best["step"])
+        if problem := damage_seen(checkpoint, world=self.world):
+            if self.world.is_main:
+                log.warning(
+                    f"{checkpoint}: torn checkpoint ({problem}) of the best weights ({best['metric']} "
+                    f"{best['value']:.4g}); the artifact has the last ones instead, of step {self.state.step}"
+                )
+            return self.state.step
+        self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
+        self.save_once()  # a stop from here on must not need what is now replaced
         self.load_weights(checkpoint, load_state(checkpoint))
         self.measure()  # which step was the best stays said: sums in another order may give another last digit
-
-    def _require_validation_set_of_best(self) -> None:
-        """Refuse a keep_best of no validation set before anything is trained; which metrics one has shows later."""
-        name = self.train.keep_best
-        if name and not any(name.startswith(f"valid/{valid}/") for valid in self.valid):
-            known = ", ".join(f"valid/{valid}/..." for valid in self.valid) or "nothing: data.valid is empty"
-            raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {known}")
-
-    def _evaluators(self) -> World:
-        """The ranks that share a validation set: all of them, but under ZeRO-3 each one takes the whole of it.
-
-        Decoding runs as many forward passes as a batch's longest text has tokens, and under ZeRO-3 each pass is a
-        collective: ranks with different batches would wait for one another for ever. Means over R copies are the same.
-        """
-        return World(0, 1, self.world.device) if self.engine.zero_stage == 3 else self.world
+        return best["step"]
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one and train.resume allows it."""
         if self.train.resume == "never":
-            if self.world.is_main:
-                for old in list_checkpoints(self.checkpoints):
-                    log.warning(f"train.resume=never: deleting {old}")
-                    shutil.rmtree(old)
-            self.world.barrier()
+            delete_checkpoints(self.checkpoints, world=self.world)
             return
+        self.watchdog.beat("looking for a whole checkpoint")
         checkpoint = find_checkpoint(self.checkpoints, world=self.world)
         if checkpoint is None:
             return
         state = load_state(checkpoint)
         changes = check_resumable(state, self.state, checkpoint=checkpoint)
+        self.watchdog.beat(f"loading {checkpoint}")
         self.load_weights(checkpoint, state)
         kept = {f: getattr(self.state, f) for f in ("frozen_digests", "shapes", "config", "world_size", "zero_stage")}
         self.state = replace(state, **kept)
+        self.saved_step = state.step
         if self.world.is_main:
             at = Cursor.from_dict(state.cursor) if state.cursor else Cursor()
             print(
@@ -310,6 +305,11 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
 
+    def save_once(self) -> None:
+        """Write a checkpoint of the step that the run stands at, unless there is one."""
+        if self.saved_step != self.state.step:
+            self.save()
+
     def save(self) -> None:
         self.watchdog.beat(f"writing the checkpoint of step {self.state.step}")
         self.log.sync()
@@ -320,6 +320,7 @@ class Trainer:
             world=self.world,
             keep_last=self.train.keep_last,
         )
+        self.saved_step = self.state.step
         self.watchdog.beat(f"after the checkpoint of step {self.state.step}")
 
     def announce(self) -> None:
@@ -369,7 +370,7 @@ class Trainer:
             config=asdict(self.cfg),
             metrics=self.latest_metrics,
             facts={
-                "steps": self.state.best["step"] if self.train.keep_best else self.state.step,
+                "steps": self.weights_step,
                 "samples_seen": self.state.samples_seen,
                 "data_fingerprint": self.state.data_fingerprint,
                 "parameters": sum(map(numel, self.engine.model.parameters())),
@@ -382,19 +383,6 @@ class Trainer:
                 writer.finish()
             self.world.barrier()
         return load_artifact(writer.target, verify=False)
-
-    def _total_steps(self) -> int:
-        cfg = self.train
-        if bool(cfg.max_steps) == bool(cfg.epochs):
-            raise ValueError(
-                f"train.max_steps is {cfg.max_steps} and train.epochs is {cfg.epochs}; set exactly one of them above 0"
-            )
-        if cfg.max_steps:
-            return cfg.max_steps
-        if self.summary.sampled_windows:
-            return cfg.epochs * self.summary.steps
-        rest = (self.data.plan.summary(epoch).steps for epoch in range(1, cfg.epochs))
-        return self.summary.steps + sum(rest)
 
     def _open_log(self) -> RunLog:
         return RunLog(
@@ -415,11 +403,16 @@ def run_training(stage: TrainingStage, cfg: Any, *, run_dir: str | Path) -> Path
     run_dir = Path(run_dir)
     check_target(run_dir / "artifact", kind=stage.produces, stage=cfg.stage)
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(stage, cfg, run_dir=run_dir, world=init_world())
-    with trainer.watchdog:
+    world = init_world()
+    with watchdog_of(cfg, run_dir=run_dir, world=world) as watchdog:
+        trainer = Trainer(stage, cfg, run_dir=run_dir, world=world, watchdog=watchdog)
         trainer.fit()
-        trainer.watchdog.beat("exporting the artifact")
+        watchdog.beat("exporting the artifact")
         return trainer.export().path
+
+
+def watchdog_of(cfg: Any, *, run_dir: Path, world: World) -> Watchdog:
+    return Watchdog(run_dir, rank=world.rank, timeout=cfg.train.hang_timeout)
 
 
 def run_computation(stage: RunStage, cfg: Any, *, run_dir: str | Path) -> Path:

@@ -17,6 +17,7 @@ import torch
 import toy_stage
 from toy_stage import BadUtterance, PlannedBatches, ToyDataset, ToyStage, toy_config
 
+from seedling.stages.runtime import evaluation
 from seedling.stages.runtime.trainer import run_training
 
 ROW_BYTES = 8
@@ -124,6 +125,53 @@ def with_small_files(root: str, runs: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     toy_stage.main(root, runs)
+
+
+def with_no_room_for_copies(root: str, runs: str) -> None:
+    """Train toy runs where rank 0 can copy no file into a checkpoint."""
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "shutil.copyfile" and "/checkpoints/" in str(args[1]):
+            raise OSError(errno.ENOSPC, "No space left on device", args[1])
+
+    if os.environ["RANK"] == "0":
+        sys.addaudithook(refuse)
+    toy_stage.main(root, runs)
+
+
+class StuckBuild(ToyStage):
+    def build(self, cfg, inputs):
+        if os.environ["RANK"] == "1":
+            time.sleep(1e6)
+        return super().build(cfg, inputs)
+
+
+class AskedInEvaluation(ToyStage):
+    """Rank 1 is asked to stop at the first batch of its first evaluation."""
+
+    def evaluate(self, model, batches):
+        def watched():
+            for number, batch in enumerate(batches):
+                if number == 0 and os.environ["RANK"] == "1":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return super().evaluate(model, watched())
+
+
+def with_a_stuck_build(root: str, runs: str) -> None:
+    train_toy_runs(StuckBuild(), root, runs)
+
+
+def asked_in_evaluation(root: str, runs: str) -> None:
+    evaluation.BATCHES_A_LOOK = 2
+    train_toy_runs(AskedInEvaluation(), root, runs)
+
+
+def train_toy_runs(stage: ToyStage, root: str, runs: str) -> None:
+    torch.set_num_threads(1)
+    for name, settings in json.loads(runs).items():
+        run_training(stage, toy_config(f"{root}/{name}", **settings), run_dir=f"{root}/{name}")
 
 
 def main(root: str, runs: str) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from seedling.stages.runtime.logs import RunLog, start_wandb
 from seedling.stages.runtime.train_config import WandbConfig
 
@@ -31,6 +33,34 @@ def test_a_resume_cuts_the_files_back_to_its_step(tmp_path):
     ledger = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [line["utterances"] for line in ledger] == [[[0, 1]], [[0, 2]], [[0, 33]]]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 10, "utt', b"\0" * 5000])
+def test_whatever_a_run_ended_with_a_resume_leaves_the_lines_up_to_its_step(tmp_path, torn):
+    """Lines of 0 to 2000 utterances; some steps have no line, as in metrics.jsonl."""
+    steps = [1, 2, 3, 5, 6, 7, 9]
+    lines = [json.dumps({"step": s, "utterances": [[0, s]] * (s * 997 % 2000)}).encode() + b"\n" for s in steps]
+    path = tmp_path / "ledger.jsonl"
+    for last in range(11):
+        path.write_bytes(b"".join(lines) + torn)
+        open_log(tmp_path, step=last).close()
+        assert path.read_bytes() == b"".join(line for step, line in zip(steps, lines) if step <= last), last
+
+
+def test_a_resume_reads_little_of_a_long_ledger(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 4001):
+            file.write(json.dumps({"step": step, "utterances": [[0, 1]] * 200}) + "\n")
+    before, size = _bytes_read(), path.stat().st_size
+    open_log(tmp_path, step=3000).close()
+    assert _bytes_read() - before < size / 10
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 3000
+
+
+def _bytes_read() -> int:
+    """That this process has asked the system for."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -1,6 +1,8 @@
 """The loop from outside: what it trains, logs, refuses and hands on. Kills and resumes are in test_checkpoint.py."""
 
 import json
+import os
+import signal
 from itertools import islice
 
 import pytest
@@ -9,11 +11,13 @@ from toy_jobs import load_weights, read_lines
 from toy_stage import ToyStage, toy_config
 
 from seedling.data.plan import Plan
+from seedling.stages.runtime import evaluation
 from seedling.stages.runtime.artifacts import load_artifact
 from seedling.stages.runtime.checkpoint import list_checkpoints
 from seedling.stages.runtime.parameters import digest
 from seedling.stages.runtime.schedule import lr_factor
 from seedling.stages.runtime.seeds import seed_forward
+from seedling.stages.runtime.signals import Interrupted
 from seedling.stages.runtime.train_config import TrainConfig
 from seedling.stages.runtime.trainer import run_computation, run_training
 
@@ -88,6 +92,68 @@ def test_training_further_goes_on_from_the_last_checkpoint(tmp_path, capsys):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(("save_every", "kept"), [(4, ["step_000006", "step_000004"]), (0, [])])
+def test_the_last_step_is_kept_before_it_is_evaluated(tmp_path, save_every, kept):
+    """So that what fails from there on costs no step; a run that wants no checkpoints gets none."""
+
+    class Failing(ToyStage):
+        def evaluate(self, model, batches):
+            raise RuntimeError("no evaluation")
+
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        train(tmp_path, Failing(), train={"max_steps": 6, "save_every": save_every, "eval_every": 6})
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == kept
+
+
+class Asked(ToyStage):
+    """Is asked to stop in the evaluation of a step, before its last batch, and counts the batches."""
+
+    def __init__(self, step=None):
+        self.step, self.seen = step, {}
+
+    def batches(self, cfg, split):
+        self.limits = cfg.train
+        return super().batches(cfg, split)
+
+    def loss(self, model, batch):
+        if model.training:
+            self.trained = batch.index // self.limits.micro_batches + 1
+        return super().loss(model, batch)
+
+    def evaluate(self, model, batches):
+        def watched():
+            for number, batch in enumerate(batches):
+                self.seen[self.trained] = number + 1
+                if number == 0 and self.trained == self.step:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield batch
+
+        return super().evaluate(model, watched())
+
+
+@pytest.mark.parametrize(("step", "save_every"), [(4, 0), (4, 4), (6, 4), (6, 0)])
+def test_a_request_to_stop_ends_an_evaluation_which_comes_after_the_resume(tmp_path, monkeypatch, step, save_every):
+    monkeypatch.setattr(evaluation, "BATCHES_A_LOOK", 2)
+    settings = {"train": {"max_steps": 6, "eval_every": 4, "save_every": save_every, "log_every": 1, "dry_run": False}}
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted):
+            train(tmp_path / "asked", stage := Asked(step), **settings)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stage.seen[step] == 2
+    newest = list_checkpoints(tmp_path / "asked" / "checkpoints")[0]
+    assert newest.name == f"step_{step:06d}"
+    train(tmp_path / "asked", **settings)
+    train(tmp_path / "straight", stage := Asked(), **settings)
+    assert set(stage.seen) == {4, 6} and stage.seen[4] > 2
+    evaluations = [
+        [(line["step"], line["valid/dev/loss"]) for line in lines if "valid/dev/loss" in line]
+        for lines in (read_lines(tmp_path / name / "metrics.jsonl") for name in ("asked", "straight"))
+    ]
+    assert evaluations[0] == evaluations[1] and [at for at, _ in evaluations[1]] == [4, 6]
+
+
 def test_resume_never_starts_anew_and_deletes_the_old_checkpoints(tmp_path):
     train(tmp_path, train={"max_steps": 8})
     train(tmp_path, train={"max_steps": 4, "resume": "never"})
@@ -134,6 +200,22 @@ def test_what_a_run_begins_with_can_be_the_best_of_it_and_so_can_what_it_ends_wi
     train(tmp_path / "plain", Judged(3.0, 2.0, 1.0), train={**keep, "keep_best": ""})
     plain = load_weights(tmp_path / "plain")
     assert all(torch.equal(value, plain[key]) for key, value in load_weights(tmp_path / "last").items())
+
+
+def test_where_the_best_weights_are_torn_the_artifact_has_the_last_ones_and_says_so(tmp_path, caplog):
+    class TornBest(Judged):
+        def evaluate(self, model, batches):
+            for shard in tmp_path.glob("checkpoints/step_000002/shards/*"):
+                shard.write_bytes(b"torn")
+            return super().evaluate(model, batches)
+
+    keep = {**KEEP_BEST, "keep_best": "valid/dev/loss", "max_steps": 4}
+    artifact = load_artifact(train(tmp_path, TornBest(1.0, 2.0), train=keep))
+    assert artifact.facts["steps"] == 4 and artifact.metrics == {"valid/dev/loss": 2.0}
+    assert "step_000002: torn checkpoint" in caplog.text and "the last ones instead, of step 4" in caplog.text
+    train(tmp_path / "plain", Judged(1.0, 2.0), train={**keep, "keep_best": ""})
+    plain = load_weights(tmp_path / "plain")
+    assert all(torch.equal(value, plain[key]) for key, value in load_weights(tmp_path).items())
 
 
 def test_the_best_of_what_nobody_measures_is_one_line(tmp_path):
