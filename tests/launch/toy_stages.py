@@ -17,6 +17,7 @@ class CountConfig(StageConfig):
     text: str = ""
     fail: str = ""
     sleep_seconds: float = 0.0
+    resume: str = "auto"
 
     def __post_init__(self):
         if self.number < 0:
