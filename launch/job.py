@@ -21,6 +21,7 @@ from .errors import report_errors
 from .lifetime import end_with_parent
 from .ranks import end_recorded, keep_output
 from .stage_lookup import load_stage_config
+from .variables import threads_of
 
 # A job that is started again may find its own lock: NFS keeps that of a lost machine for its lease (90 s on Linux).
 LOCK_PATIENCE_SECONDS = 120.0
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     patience = 0.0 if arguments.logs is None else LOCK_PATIENCE_SECONDS
     rank = int(os.environ.get("RANK", "0"))
     if arguments.logs is not None:
+        share_cores()
         end_with_parent()
         keep_output(arguments.logs, rank)
 
@@ -112,6 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 0:  # after an error other ranks may never come to leave
         _leave_world()
     return code
+
+
+def share_cores() -> None:
+    """Take this rank's part of its machine's cores, which only the machine knows, unless OMP_NUM_THREADS is set."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))  # DeepSpeed's launcher sets it
+    variable = threads_of(max(1, cores))
+    os.environ.setdefault(variable.name, variable.value)
 
 
 def _leave_world() -> None:

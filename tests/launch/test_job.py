@@ -1,4 +1,7 @@
-"""One run in a folder: who starts again waits for the one that it replaces, and a killed rank leaves no lock."""
+"""One run in a folder: who starts again waits for the one that it replaces, and a killed rank leaves no lock.
+
+The ranks of a machine share its cores, whoever has started them.
+"""
 
 import fcntl
 import os
@@ -10,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from seedling.launch import job
+from seedling.launch import job, process
+from seedling.launch.cli import main
+from seedling.launch.placement import Placement
 from seedling.launch.stage_lookup import load_stage_config
+
+NAME = "OMP_NUM_THREADS"
 
 # Rank 0, which says when it has the folder, with a data worker that outlives it.
 HOLDER = """
@@ -100,3 +107,42 @@ def test_a_rank_of_a_launcher_waits_and_goes_on_once_the_folder_is_free(held, ru
     finally:
         rank.kill()
         rank.communicate()
+
+
+@pytest.mark.parametrize(
+    "environment, threads",
+    [({"LOCAL_SIZE": "8"}, "12"), ({"LOCAL_SIZE": "200"}, "1"), ({}, "96"), ({"LOCAL_SIZE": "8", NAME: "5"}, "5")],
+)
+def test_a_rank_takes_its_part_of_its_own_machines_cores(monkeypatch, environment, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
+    for name in (NAME, "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = os.environ.get(NAME)
+    job.share_cores()
+    assert os.environ[NAME] == threads
+    if before is None:
+        monkeypatch.setenv(NAME, threads)  # so that it is taken back
+
+
+def test_the_launching_machine_decides_no_threads_of_others(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    monkeypatch.delenv(NAME, raising=False)
+    given = []
+
+    def run(command, *, environment, **_) -> process.Ended:
+        given.append({**environment})
+        return process.Ended(0, False)
+
+    monkeypatch.setattr(process, "run_child", run)
+    process.launch_ranks(["sft"], placement=Placement(hostfile=str(tmp_path / "hosts")), run_dir=tmp_path)
+    assert NAME not in given[0] and NAME not in Path(given[0]["DS_ENV_FILE"]).read_text()
+
+
+def test_cores_that_the_clusters_config_names_are_shared_by_the_slots_of_the_host_file(run_dir, capsys):
+    Path("hosts").write_text("a slots=8\nb slots=4\n")
+    Path("count.yaml").write_text("stage: toy_stages:Count\nrun_dir: r\n")
+    arguments = ["launch", "count.yaml", "--on", "hostfile", "--hostfile", "hosts", "--dry-run", "cluster.cpus=16"]
+    assert main(arguments) == 0
+    assert f"export {NAME}=${{{NAME}:-2}}" in capsys.readouterr().out
