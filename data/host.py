@@ -27,6 +27,10 @@ class HostError(ValueError):
     """A server that cannot be read from: whatever else is asked of it will fail too, so it ends the run."""
 
 
+class HostDown(HostError):
+    """A server that has not answered, however often it was asked; some time later it may."""
+
+
 class BadAnswer(Exception):
     """An answer that is not what was asked for; the next one may be."""
 
@@ -131,7 +135,7 @@ class Host:
             if number < tries:
                 time.sleep(pause_before(number + 1))
         took = time.monotonic() - started
-        raise HostError(
+        raise HostDown(
             f"{url}: no good answer in {tries} tries over {took:.0f} s, the last one: {_said(last)}; see whether its "
             "server is up and reachable from this node, then start again: the run goes on from its last checkpoint"
         ) from last

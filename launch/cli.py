@@ -1,8 +1,8 @@
 """The command `seedling`: parse, then import what the command needs, then run it.
 
 Each family of commands is a file in `commands/` that adds its parsers without importing anything heavy, so `--help`
-answers at once. Exit codes: 0 done, 1 checked and found wanting, 2 the user's mistake (one line on stderr), 75 stopped
-on request.
+answers at once. Exit codes: 0 done, 1 checked and found wanting, or crashed, 2 the user's mistake (one line on stderr),
+75 stopped on request.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What a user sees when something is wrong: one line and exit code 2 for the user's mistakes, a traceback for ours.
 
-SEEDLING_DEBUG=1 shows the traceback of everything.
+SEEDLING_DEBUG=1 shows the traceback of everything. A data host that is down is one line too, but nobody's mistake: it
+counts as a crash (1), after which launchers start again.
 """
 
 import os
@@ -9,8 +10,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from ..data.host import HostDown
+
 PACKAGE = Path(__file__).resolve().parent.parent
-USER_ERROR = 2
+CRASH, USER_ERROR, KEYBOARD = 1, 2, 130
 USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -20,18 +23,35 @@ def report_errors(action: Callable[[], int | None]) -> int:
         return action() or 0
     except USER_MISTAKES as error:
         if os.environ.get("SEEDLING_DEBUG", "0") not in ("", "0"):
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip())
         else:
-            print(f"seedling: error: {one_line(error)}{_elsewhere(error)}", file=sys.stderr)
-        return USER_ERROR
+            say(f"seedling: error: {one_line(error)}{_elsewhere(error)}")
+        return exit_code_of(error)
     except KeyboardInterrupt:
-        print("seedling: interrupted", file=sys.stderr)
-        return 130
+        say("seedling: interrupted")
+        return KEYBOARD
     except BrokenPipeError:
         # The reader of our output has left (`seedling show ... | head`); Python would complain again while closing
         # stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a process that an error ends."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    if isinstance(error, USER_MISTAKES) and not isinstance(error, HostDown):
+        return USER_ERROR
+    return KEYBOARD if isinstance(error, KeyboardInterrupt) else CRASH
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, which may be a file on a full disk: the exit code must come out all the same."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def one_line(error: BaseException) -> str:

@@ -10,16 +10,19 @@ Slurm and Kubernetes start the second form on every node, so that one code path 
 import argparse
 import base64
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from ..stages.runtime.rendezvous import free_port
 
 JOB_MODULE = "seedling.launch.job"
 LOOPBACK = "127.0.0.1"
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,16 @@ class Placement:
     def size(self) -> int:
         """The number of ranks."""
         return sum(hosts_of(self.hostfile).values()) if self.hostfile else self.nproc * self.nnodes
+
+    @property
+    def slots(self) -> int:
+        """The most ranks on one machine."""
+        return max(hosts_of(self.hostfile).values()) if self.hostfile else self.nproc
+
+    @property
+    def here(self) -> range:
+        """The ranks below this machine's launcher; over ssh there are none, since each machine has a launcher."""
+        return range(0) if self.hostfile else range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
     @property
     def in_this_process(self) -> bool:
@@ -110,6 +123,39 @@ def hosts_of(hostfile: str | Path) -> dict[str, int]:
     return hosts
 
 
+def visible_devices(nproc: int) -> list[str]:
+    """Return what DeepSpeed's launcher shows to the ranks of this machine: as many of CUDA_VISIBLE_DEVICES.
+
+    These may be numbers or names (GPU-..., MIG-...). What hides all devices goes on hiding them.
+    """
+    said = os.environ.get(DEVICES)
+    if said is None:
+        return [str(number) for number in range(nproc)]
+    devices = _devices_in(said)
+    if devices and len(devices) < nproc:
+        raise ValueError(
+            f"{DEVICES}={said} shows {len(devices)} GPUs, and --nproc is {nproc}; start one process a GPU, or let it "
+            "show more"
+        )
+    return devices[:nproc] or ["-1"] * nproc
+
+
+def _devices_in(said: str) -> list[str]:
+    # CUDA's own rule: the first entry that is no device hides what comes after it.
+    return list(takewhile(re.compile(r"\d+|(GPU|MIG)-\S+").fullmatch, map(str.strip, said.split(","))))
+
+
+def _refuse_devices_over_ssh() -> None:
+    """Refuse a choice of GPUs that would not reach the machines of a host file."""
+    said = os.environ.get(DEVICES, "")
+    chosen = _devices_in(said)
+    if chosen != [str(number) for number in range(len(chosen))]:
+        raise ValueError(
+            f"{DEVICES}={said} does not reach the machines of --hostfile, which use their first GPUs; unset it, or "
+            "start each machine by itself (--no_ssh, or --nnodes and --node_rank)"
+        )
+
+
 def deepspeed_command(placement: Placement, job_arguments: Sequence[str]) -> list[str]:
     """Return the command that starts a placement's ranks of JOB_MODULE: DeepSpeed's launcher.
 
@@ -119,11 +165,14 @@ def deepspeed_command(placement: Placement, job_arguments: Sequence[str]) -> lis
     port = str(placement.master_port or free_port())
     what = ["--no_local_rank", "--module", JOB_MODULE, *job_arguments]
     if placement.hostfile:
+        _refuse_devices_over_ssh()
         # The first host is where rank 0 runs; without an address DeepSpeed takes whatever `hostname -I` names first.
         address = placement.master_addr or next(iter(hosts_of(placement.hostfile)))
         there = ["--hostfile", placement.hostfile, "--force_multi", "--master_addr", address, "--master_port", port]
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", *there, *what]
-    world = {f"node{node}": list(range(placement.nproc)) for node in range(placement.nnodes)}
+    # Of the other machines only the number of devices counts here.
+    world = {f"node{node}": [str(device) for device in range(placement.nproc)] for node in range(placement.nnodes)}
+    world[f"node{placement.node_rank}"] = visible_devices(placement.nproc)
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     there = [f"--world_info={encoded}", f"--node_rank={placement.node_rank}"]
     there += [f"--master_addr={placement.master_addr or LOOPBACK}", f"--master_port={port}"]

@@ -20,9 +20,10 @@ from ..stages.runtime.rendezvous import RANK_VARIABLES
 from ..stages.runtime.signals import EXIT_INTERRUPTED
 from . import remote
 from .lifetime import end_with_parent
-from .placement import JOB_MODULE, Placement, deepspeed_command
-from .ranks import explain, first_failure
-from .variables import FOR_CHILDREN, FOR_RANKS, environment_with, threads_of
+from .placement import Placement, deepspeed_command
+from .ranks import explain
+from .variables import FOR_CHILDREN, FOR_RANKS, environment_with
+from .watch import Watch, signal_processes
 
 # SIGUSR1 is what Slurm sends before a job's time is up; SIGHUP comes when the terminal closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -30,8 +31,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # rank must see it once, since a second one means that it should not wait for its checkpoint.
 SAME_REQUEST_SECONDS = 3.0
 POLL_SECONDS = 2.0
-# Ranks that wait for a failed one are ended after this; by themselves they would find out after NCCL's ten minutes.
-GRACE_SECONDS = 10.0
 
 
 class Ended(NamedTuple):
@@ -57,52 +56,22 @@ def launch_ranks(job_arguments: Sequence[str], *, placement: Placement, run_dir:
     """
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    cores = len(os.sched_getaffinity(0))
-    variables = [*FOR_RANKS, threads_of(max(1, cores // placement.nproc))]
+    watch = Watch(placement, logs)
     command = deepspeed_command(placement, [*job_arguments, "--logs", str(logs)])
-    environment = environment_with(variables, child_environment())
+    environment = environment_with(FOR_RANKS, child_environment())
     if placement.hostfile:
         environment = remote.environment_for(logs, environment)
-    watch = _Watch(placement, logs, began)
     ended = run_child(command, environment=environment, stop=watch.stop, meanwhile=watch.look)
     if not ended.code:
         return 0
-    return explain(logs, since=began, code=EXIT_INTERRUPTED if ended.asked else ended.code)
-
-
-class _Watch:
-    """Sees to it that a job of which a rank has failed, or which was asked to stop, ends."""
-
-    def __init__(self, placement: Placement, logs: Path, began: float):
-        self.hostfile, self.logs, self.began = placement.hostfile, logs, began
-        self.failed_at: float | None = None
-
-    def stop(self, launcher: int, _: int) -> None:
-        """Ask all ranks to stop."""
-        self._signal_ranks(launcher, signal.SIGTERM)
-
-    def look(self, launcher: int, asked: bool) -> None:
-        """End what waits for a failed rank, and a launcher that has no ranks any more."""
-        now = time.monotonic()
-        if self.failed_at is None and first_failure(self.logs, since=self.began) is not None:
-            self.failed_at = now
-        if (self.failed_at is not None or asked) and not self.hostfile and not rank_pids(launcher):
-            # All that is left of DeepSpeed's launcher is its own end, which can take long on a busy machine.
-            _signal([launcher], signal.SIGKILL)
-        elif self.failed_at is not None and now - self.failed_at > GRACE_SECONDS:
-            self._signal_ranks(launcher, signal.SIGKILL)
-
-    def _signal_ranks(self, launcher: int, signum: int) -> None:
-        if self.hostfile:
-            remote.signal_ranks(self.hostfile, self.logs, since=self.began, signum=signum)
-        else:
-            _signal(rank_pids(launcher), signum)
+    watch.end(ended.asked)
+    code = EXIT_INTERRUPTED if ended.asked else ended.code
+    return explain(logs, before=watch.before, code=code, rank_0_shown=placement.is_first)
 
 
 def pass_on(child: int, signum: int) -> None:
     """Hand a request to stop to a child: SIGINT as it is, all others as SIGTERM."""
-    _signal([child], signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
+    signal_processes([child], signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
 
 
 def run_child(
@@ -150,31 +119,3 @@ def _end_of(child: subprocess.Popen) -> int | None:
         return child.wait(timeout=0.2)
     except subprocess.TimeoutExpired:
         return None
-
-
-def rank_pids(launcher: int) -> list[int]:
-    """Return the processes below a launcher that run JOB_MODULE directly: the ranks, not their data workers."""
-    import psutil
-
-    def runs_job(process: psutil.Process) -> bool:
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            return False
-        return "-m" in command and command[command.index("-m") + 1 : command.index("-m") + 2] == [JOB_MODULE]
-
-    try:
-        below = psutil.Process(launcher).children(recursive=True)
-    except psutil.Error:
-        return []
-    jobs = {process.pid for process in below if runs_job(process)}
-    # A forked data worker has its rank's command line, and its rank as parent.
-    return [process.pid for process in below if process.pid in jobs and process.ppid() not in jobs]
-
-
-def _signal(pids: Sequence[int], signum: int) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signum)
-        except ProcessLookupError:
-            pass

@@ -8,11 +8,11 @@ themselves in RUN/logs.
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .placement import hosts_of
-from .ranks import ends
+from .ranks import RankEnd
 
 # What a rank's behaviour depends on. Credentials stay out: the file can be read by whoever can read the run.
 FORWARDED = ("PYTHON", "OMP_", "TOKENIZERS_", "GLOO_", "NCCL_", "TORCH_", "CUDA_", "HF_HUB_OFFLINE", "SEEDLING_")
@@ -38,15 +38,15 @@ def environment_for(logs: Path, environment: Mapping[str, str]) -> dict[str, str
     return {**environment, "DS_ENV_FILE": str(file)}
 
 
-def signal_ranks(hostfile: str, logs: Path, *, since: float, signum: int) -> None:
-    """Send a signal to all ranks that run, by one ssh for each machine."""
+def signal_ranks(hostfile: str, running: Iterable[RankEnd], *, signum: int) -> None:
+    """Send a signal to ranks that run, by one ssh for each machine."""
     hosts = [host for host, slots in hosts_of(hostfile).items() for _ in range(slots)]
-    running: dict[str, list[str]] = {}
-    for end in ends(logs, since=since):
-        if end.code is None and end.rank < len(hosts):
-            running.setdefault(hosts[end.rank], []).append(str(end.pid))
+    pids_of: dict[str, list[str]] = {}
+    for rank in running:
+        if rank.rank < len(hosts):
+            pids_of.setdefault(hosts[rank.rank], []).append(str(rank.pid))
     started = []
-    for host, pids in running.items():
+    for host, pids in pids_of.items():
         kill = shlex.join(["kill", f"-{signal.Signals(signum).name.removeprefix('SIG')}", *pids])
         started.append(subprocess.Popen(["ssh", "-o", "BatchMode=yes", host, kill], stderr=subprocess.DEVNULL))
     for process in started:

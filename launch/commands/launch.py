@@ -1,6 +1,7 @@
 """The command `launch`: a stage or a pipeline on this machine, on a list of machines, on Slurm or on Kubernetes."""
 
 import argparse
+from dataclasses import replace
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -36,11 +37,12 @@ def launch(arguments: argparse.Namespace) -> int:
     cluster, overrides = load_cluster(arguments.cluster, overrides=[*arguments.overrides, *settings])
     restarts = arguments.max_restarts
     if arguments.on in ("local", "hostfile"):
-        job = whole_job(arguments.file, overrides=overrides, cluster=cluster)
         if arguments.on == "local":
             placement = local.local_placement(cluster)
         else:
             placement = local.hostfile_placement(cluster, node_rank=arguments.node_rank)
+        cluster = replace(cluster, nproc=placement.slots)  # a host file says it itself
+        job = whole_job(arguments.file, overrides=overrides, cluster=cluster)
         if arguments.dry_run:
             print(local.render(job, placement), end="")
             return 0

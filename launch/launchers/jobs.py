@@ -5,9 +5,10 @@ a step, each after the one before, since steps need different numbers of machine
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...stages.runtime.config import read_sources
 from ..pipeline_config import Pipeline, Step, load_pipeline
@@ -77,12 +78,28 @@ def _load(name: str, overrides: Sequence[str]) -> Pipeline | tuple[str, Path]:
         file = find_config(name, folder="pipelines")
     values = {key: value for source in read_sources(file) for key, value in source.values.items()}
     if "steps" in values:
-        return load_pipeline(name, overrides=overrides)
+        pipeline = load_pipeline(name, overrides=overrides)
+        for step in pipeline.steps:
+            _refuse_never(step.reads.get("config", {}), of=f"{step.name}.", run_dir=pipeline.run_dir / step.name)
+        return pipeline
     stage = values.get("stage")
     if not isinstance(stage, str):
         raise ValueError(f"{file}: neither a pipeline (steps:) nor a stage's config (stage: NAME); add `stage: NAME`")
     _, loaded = load_stage_config(stage, file, overrides=overrides)
+    _refuse_never(loaded.values, of="", run_dir=Path(loaded.config.run_dir))
     return stage, Path(loaded.config.run_dir)
+
+
+def _refuse_never(values: Mapping[str, Any], *, of: str, run_dir: Path) -> None:
+    """Refuse a stage's `resume: never`: a launcher that starts it again would each time delete what it has done."""
+    training = values.get("train", {}).get("resume") == "never"
+    if training or values.get("resume") == "never":
+        key = f"{of}{'train.' if training else ''}resume"
+        raise ValueError(
+            f"{key}=never: what is launched is started again after a crash or at its time limit, and each time would "
+            f"delete its own checkpoints; leave it out, and delete or rename {run_dir}/checkpoints, or choose another "
+            "run_dir"
+        )
 
 
 def _size(step: Step, cluster: ClusterConfig) -> tuple[int, int]:

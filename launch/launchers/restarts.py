@@ -1,7 +1,7 @@
 """Starting a command again after a crash: it goes on from its last whole checkpoint.
 
 Not after its end (0), its user's mistake (2), which it would only make again, or a stop on request (75). Each pause is
-twice the one before: what brought it down, a full disk or a lost machine, often needs a while.
+twice the one before: what brought it down, a lost machine or a data host that does not answer, often needs a while.
 """
 
 import sys
@@ -13,7 +13,7 @@ from ...stages.runtime.signals import EXIT_INTERRUPTED
 from ..errors import USER_ERROR
 from ..process import Ended, run_child
 
-FIRST_PAUSE_SECONDS = 15  # longer than ranks on another machine take to notice (process.GRACE_SECONDS)
+FIRST_PAUSE_SECONDS = 15  # longer than ranks on another machine take to notice (watch.GRACE_SECONDS)
 LONGEST_PAUSE_SECONDS = 300
 
 

@@ -27,19 +27,19 @@ command=(
 )
 
 # @STOP_BEFORE@ s before the time is up: every machine's ranks write a checkpoint and end.
+# Once only: a second signal would have the ranks not wait for their checkpoint.
 time_is_up=""
-trap 'time_is_up=yes; kill -USR1 "${srun:-}" 2>/dev/null' USR1
+trap 'kill -USR1 "${srun:-}" 2>/dev/null; trap "" USR1; time_is_up=yes' USR1
 
 # One task a machine. Machines that wait for a failed one end by themselves, so srun need not end them first.
 srun @SRUN@ bash -c '@EXEC@' _ "${command[@]}" &
 srun=$!
-wait "$srun"
-code=$?
-if [ -n "$time_is_up" ]; then # the trap ended that wait early
+early=$((128 + $(kill -l USR1))) # what a wait returns when the trap ends it while srun goes on
+code=$early
+while [ "$code" -eq "$early" ]; do
   wait "$srun"
-  again=$?
-  [ "$again" -eq 127 ] || code=$again
-fi
+  code=$?
+done
 
 # Done, or a mistake that would only be made again.
 if [ "$code" -eq 0 ] || [ "$code" -eq @USER_ERROR@ ]; then exit "$code"; fi
@@ -74,7 +74,8 @@ def render(job: Job, cluster: ClusterConfig, *, max_restarts: int) -> str:
     where = f"{job.nodes} x {job.nproc} processes" if job.places else "1 machine"
     lines = ["#!/bin/bash", f"# {job.name}: {where}. Written by `seedling launch`, which writes it anew each time."]
     lines += [f"#SBATCH {option}" for option in _options(job, cluster)]
-    lines += ["", "set -uo pipefail", *slurm.setup, *shell_lines(job.environment)]
+    # The user's lines first: `source activate` and modules name variables that may not be set.
+    lines += ["", *slurm.setup, "set -uo pipefail", *shell_lines(job.environment)]
     command = [sys.executable, "-m", "seedling.launch.cli", *job.arguments]
     shown = ["  " + shlex.join(command)]
     if job.places:

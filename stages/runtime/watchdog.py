@@ -19,6 +19,11 @@ EXIT_HUNG = 70
 SECONDS_FOR_STACKS = 10.0
 
 
+def stacks_file(logs: Path, rank: int) -> Path:
+    """Return where a rank that hangs leaves its stacks; the first line says what it was doing."""
+    return logs / f"hang_rank_{rank:04d}.txt"
+
+
 class Watchdog:
     """While entered, ends the process when `timeout` seconds pass without a `beat`; 0 never does.
 
@@ -27,7 +32,7 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: Path, *, rank: int, timeout: float):
-        self.file = run_dir / "logs" / f"hang_rank_{rank:04d}.txt"
+        self.file = stacks_file(run_dir / "logs", rank)
         self.rank, self.timeout = rank, timeout
         self.idle, self.doing = 0.0, "starting"
         self.left = threading.Event()

@@ -197,7 +197,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         while not (tmp_path / "r/config.yaml").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         second = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 2 and f"process {first.pid} is running here" in second.stderr
+        assert second.returncode == 2 and f"process {first.pid} on " in second.stderr
     finally:
         first.kill()
         first.wait()

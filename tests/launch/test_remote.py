@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from seedling.launch.ranks import end_recorded
+from seedling.launch.ranks import end_recorded, ends
 from seedling.launch.remote import check_forwarded, environment_for, signal_ranks
 
 
@@ -37,7 +37,8 @@ def test_a_signal_goes_to_each_machine_once_for_its_running_ranks(tmp_path, monk
     with end_recorded(tmp_path, 1):
         pass  # has ended: its process number may be another's by now
     with end_recorded(tmp_path, 0), end_recorded(tmp_path, 2), end_recorded(tmp_path, 3):
-        signal_ranks(str(tmp_path / "hosts"), tmp_path, since=0, signum=15)
+        running = [end for end in ends(tmp_path, before=frozenset()) if end.code is None]
+        signal_ranks(str(tmp_path / "hosts"), running, signum=15)
     me = os.getpid()
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert calls == [f"-o BatchMode=yes a kill -TERM {me}", f"-o BatchMode=yes b kill -TERM {me} {me}"]

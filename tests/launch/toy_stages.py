@@ -20,6 +20,7 @@ class CountConfig(StageConfig):
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     fail: str = ""
     sleep_seconds: float = 0.0
+    resume: str = "auto"
 
     def __post_init__(self):
         if self.number < 0:

@@ -37,6 +37,25 @@ def test_a_whole_pipeline_is_one_job(folder):
 @pytest.mark.parametrize(
     "name, overrides, said",
     [
+        ("count", ["resume=never"], r"^resume=never: .* rename runs/count/checkpoints"),
+        ("train", ["train.resume=never"], r"^train\.resume=never: .* rename runs/train/checkpoints"),
+        ("toy", ["spread.resume=never"], r"^spread\.resume=never: .* rename runs/toy/spread/checkpoints"),
+    ],
+)
+def test_what_may_be_started_again_may_not_delete_its_checkpoints_each_time(folder, monkeypatch, name, overrides, said):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "stages/runtime"))
+    Path("train.yaml").write_text(
+        "stage: toy_stage:ToyStage\nrun_dir: runs/train\ntrain: {lr: {body: 0.001, head: 0.001}, max_steps: 3}\n"
+    )
+    assert step_jobs(name, overrides=[], cluster=CLUSTER)
+    for describe in (step_jobs, whole_job):
+        with pytest.raises(ValueError, match=said):
+            describe(name, overrides=overrides, cluster=CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "name, overrides, said",
+    [
         ("toy", ["spraed.number=2"], "nearest step: spread"),
         ("count", ["numbr=2"], "nearest valid key: number"),
         ("neither", [], "neither a pipeline"),

@@ -3,7 +3,8 @@
 import pytest
 
 from seedling.launch.launchers.restarts import LONGEST_PAUSE_SECONDS, pause_before, run_restarting
-from seedling.launch.process import GRACE_SECONDS, POLL_SECONDS, Ended
+from seedling.launch.process import POLL_SECONDS, Ended
+from seedling.launch.watch import GRACE_SECONDS
 
 
 def restarted(ends: list[Ended], *, max_restarts: int) -> tuple[int, list[float], int]:

@@ -14,9 +14,10 @@ from seedling.launch.launchers.jobs import step_jobs
 STUBS = {
     # What a script calls, each noting that it was called. SRUN_CODE is how srun ends.
     "srun": """trap "" USR1
-        [ -z "$SRUN_SIGNALS" ] || { kill -USR1 $PPID; /bin/sleep 0.3; }
-        shift 3; "$@"; exit ${SRUN_CODE:-0}""",
-    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >>scontrol.calls; fi',
+        for _ in $SRUN_SIGNALS; do kill -USR1 $PPID; /bin/sleep 0.3; done
+        shift 3; "$@"; echo >>srun.ended; exit ${SRUN_CODE:-0}""",
+    "scontrol": """if [ "$1" = show ]; then printf "node7\\nnode8\\n"
+        else echo "$@ after $(wc -l <srun.ended) ends" >>scontrol.calls; fi""",
     "sleep": 'echo "$@" >>sleep.calls; /bin/sleep 0.3',
     "print_arguments": 'printf "%s\\n" "$@" >arguments',
 }
@@ -36,7 +37,7 @@ def options(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
-def run(job, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def run(job, folder: Path, *, cluster=None, **environment: str) -> subprocess.CompletedProcess:
     """Run a job's script with stubs for Slurm's commands and for Python."""
     stubs = folder / "bin"
     stubs.mkdir(exist_ok=True)
@@ -44,7 +45,7 @@ def run(job, folder: Path, **environment: str) -> subprocess.CompletedProcess:
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
     job.logs.mkdir(parents=True, exist_ok=True)
-    text = script(job).replace(slurm.sys.executable, str(stubs / "print_arguments"))
+    text = script(job, cluster).replace(slurm.sys.executable, str(stubs / "print_arguments"))
     given = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
     path = f"{stubs}:{os.environ['PATH']}"
     command = ["bash", "-c", text]
@@ -112,7 +113,20 @@ def test_a_job_whose_time_is_up_is_requeued_as_often_as_it_needs(jobs, folder, c
     for again in range(1, 5):
         ended = run(jobs["spread"], folder, SRUN_CODE=code, SRUN_SIGNALS="yes")
         assert ended.returncode == int(code) and "the time is up" in ended.stdout, ended.stderr
-        assert lines("scontrol.calls") == ["requeue 41"] * again
+        assert lines("scontrol.calls") == [f"requeue 41 after {n + 1} ends" for n in range(again)]
+
+
+def test_signals_while_a_checkpoint_is_written_do_not_requeue_over_the_running_ranks(jobs, folder):
+    ended = run(jobs["spread"], folder, SRUN_CODE="75", SRUN_SIGNALS="first second third")
+    assert ended.returncode == 75 and "the time is up (exit code 75)" in ended.stdout, ended.stderr
+    assert lines("scontrol.calls") == ["requeue 41 after 1 ends"]
+
+
+def test_lines_of_setup_may_name_what_is_not_set(jobs, folder):
+    setup = ['if [ -n "$CONDA_EXE_OF_NOBODY" ]; then exit 9; fi', "export SET_UP=yes"]
+    cluster = ClusterConfig(nodes=2, nproc=4, slurm=SlurmConfig(setup=setup))
+    ended = run(jobs["spread"], folder, cluster=cluster)
+    assert ended.returncode == 0 and not ended.stderr
 
 
 def test_a_job_that_ends_well_while_its_time_is_up_is_done(jobs, folder):
@@ -123,7 +137,7 @@ def test_a_job_that_ends_well_while_its_time_is_up_is_done(jobs, folder):
 def test_a_crash_is_requeued_later_each_time_until_none_is_left(jobs, folder):
     codes = [run(jobs["spread"], folder, SRUN_CODE="1") for _ in range(3)]
     assert [ended.returncode for ended in codes] == [1, 1, 1] and "no restart is left" in codes[-1].stdout
-    assert lines("scontrol.calls") == ["requeue 41"] * 2
+    assert lines("scontrol.calls") == ["requeue 41 after 1 ends", "requeue 41 after 2 ends"]
     assert lines("sleep.calls") == ["15", "30"]
 
 
