@@ -15,12 +15,17 @@ PART = ".part"  # suffix of unfinished files; a later run may delete them
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing; it gets its name on leaving without an exception."""
+    with written_beside(path) as part, open(part, "wb") as handle:
+        yield handle
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yield where to write a file instead; it gets its name on leaving without an exception."""
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        with open(part, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield part
+        sync_to_disk(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 """The weights of a checkpoint are those that were trained, whatever ZeRO stage and number of ranks wrote them."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from forked_jobs import ForkedJob
@@ -8,6 +11,7 @@ from safetensors.torch import load_file
 from toy_jobs import load_weights
 
 from seedling.launch.cli import main
+from seedling.stages.runtime import exported_weights
 from seedling.stages.runtime.checkpoint import list_checkpoints
 from seedling.stages.runtime.exported_weights import choose_checkpoint, write_weights
 
@@ -41,6 +45,27 @@ def test_the_command_writes_a_folder_of_the_step_that_was_asked_for(runs, tmp_pa
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "2" and file.metadata()["stage"] == "toy"
         assert not torch.equal(file.get_tensor("head.weight"), load_weights(runs / "zero3")["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_where_the_disk_is_full_the_export_of_before_stays_and_nothing_else(runs, tmp_path, monkeypatch, name):
+    checkpoint, out = choose_checkpoint(runs / "zero1"), tmp_path / "out" / name
+    write_weights(checkpoint, out)
+
+    def contents():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    before = contents()
+
+    def fill_the_disk(tensors, path, metadata=None):
+        Path(path).write_bytes(b"torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exported_weights, "save_file", fill_the_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_weights(checkpoint, out)
+    assert before and contents() == before
 
 
 def test_what_cannot_be_exported_is_one_line(runs, tmp_path):
