@@ -59,7 +59,7 @@ class Watch:
     def _note_lost(self, asked: bool, *, pids: Container[int] | None = None) -> bool:
         """Note those of this machine's ranks (with `pids` if given) that have gone without a word, if there are any."""
         ranks = ends_of(self.logs, self.here, before=self.before)
-        if any(rank.code == EXIT_INTERRUPTED for rank in ranks):  # the others may not have come to say the same
+        if asked and any(rank.code == EXIT_INTERRUPTED for rank in ranks):  # the others had no time to say the same
             return False
         lost = [rank for rank in ranks if rank.code is None and (pids is None or rank.pid in pids)]
         for rank in lost:

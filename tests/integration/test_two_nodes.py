@@ -120,6 +120,22 @@ def test_an_error_on_one_machine_ends_both_with_its_traceback_and_its_code(launc
     assert time.monotonic() - began < PATIENCE  # the other ranks would sleep for an hour
 
 
+def test_a_rank_that_is_killed_on_one_machine_is_a_crash_on_both(launch, tmp_path):
+    (tmp_path / "count.yaml").write_text(
+        "stage: toy_stages:Count\nrun_dir: runs/count\nfail: stop\nsleep_seconds: 3600\n"
+    )
+    both = launch("count.yaml")
+    deadline = time.monotonic() + PATIENCE
+    while len(list(tmp_path.glob("runs/count/ready*"))) < 4:
+        assert time.monotonic() < deadline and not any(process.poll() for process in both), said(tmp_path)
+        time.sleep(0.2)
+    os.kill(json.loads((tmp_path / "runs/count/logs/rank_0003.json").read_text())["pid"], signal.SIGKILL)
+    assert not {0, 2, 75} & {*ends(both, tmp_path)}, said(tmp_path)
+    for rank in (0, 1):
+        last = (tmp_path / f"node{rank}.log").read_text()
+        assert "rank 3" in last and "ended without a word" in last, said(tmp_path)
+
+
 def test_over_ssh_one_command_starts_and_stops_both_machines(job, nodes, tmp_path):
     reason = two_nodes.ssh_missing()
     if reason:

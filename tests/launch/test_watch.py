@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from seedling.launch.placement import JOB_MODULE, Placement
-from seedling.launch.ranks import end_recorded, ends, failures
+from seedling.launch.ranks import end_recorded, ends, explain, failures
 from seedling.launch.watch import Watch, rank_pids
 
 # DeepSpeed's launcher is slow to start its ranks: these, numbers 2 and 3, come when there is a file `go`.
@@ -126,7 +126,8 @@ def test_a_rank_that_a_signal_ends_is_known_to_the_other_machine(launcher, launc
             assert watch.failed_at is not None
 
 
-def test_ranks_that_a_stop_has_ended_are_no_loss(tmp_path):
+@pytest.mark.parametrize("asked", [True, False])
+def test_ranks_that_a_stop_has_ended_are_no_loss_but_siblings_that_deepspeed_stops_hide_none(tmp_path, asked):
     program = (
         "import os, pathlib; from seedling.launch.ranks import end_recorded\n"
         f"with end_recorded(pathlib.Path({str(tmp_path)!r}), 3): os.kill(os.getpid(), 9)\n"
@@ -135,5 +136,7 @@ def test_ranks_that_a_stop_has_ended_are_no_loss(tmp_path):
     subprocess.run([sys.executable, "-c", program])
     with pytest.raises(SystemExit), end_recorded(tmp_path, 2):
         sys.exit(75)
-    watch.end(False)
-    assert not failures(tmp_path, before=watch.before)
+    watch.end(asked)
+    assert [each.rank for each in failures(tmp_path, before=watch.before)] == ([] if asked else [3])
+    code = explain(tmp_path, before=watch.before, code=75 if asked else 247, rank_0_shown=False)
+    assert code == (75 if asked else 247)
