@@ -1,7 +1,7 @@
 """What `seedling plan` says of a rank's memory, against what real runs take: resident growth of the process.
 
-Nine runs of different stages, ZeRO stages, precisions, optimizers and numbers of ranks train two steps on noise, each in
-fresh processes, through the trainer as `seedling run` has it. Resident growth is the process's peak less what it had
+Nine runs of different stages, ZeRO stages, precisions, optimizers and numbers of ranks train two steps on noise, each
+in fresh processes, through the trainer as `seedling run` has it. Resident growth is the process's peak less what it had
 before the model was built, with all libraries loaded. `tensors` is the peak of tensor storages in the same run, counted
 as torch dispatches them in a second run: what is between it and the resident growth is the allocator's and the kernels'
 own. glibc keeps freed blocks of up to 32 MB for reuse, by default; here those from 64 KB on go back to the system
