@@ -29,7 +29,8 @@ def demo_sft(folder: Path, demo: Path, *, steps: int) -> Path:
     """Write the config of the demo's sft for so many steps of four micro-batches; the LLM takes part after 20."""
     values = yaml.safe_load(SFT_DEMO.read_text())
     values["inputs"] = {
-        name: str((demo / of).resolve()) for name, of in (("llm", "lm_pretrain"), ("encoder", "pretrain_2"))
+        name: str((demo / of / "artifact").resolve())
+        for name, of in (("llm", "lm_pretrain"), ("encoder", "pretrain_2"))
     }
     values["data"] = {"train": [str((demo / "shards_train").resolve())]}
     values["ctc_steps"] = 20

@@ -23,8 +23,9 @@ RANKS = 2  # a machine
 SAVE_EVERY = 3  # steps
 # Pauses between restarts double, which ten losses within minutes would turn into an hour of waiting.
 LAUNCHER = (
-    "from seedling.launch.launchers import restarts; restarts.LONGEST_PAUSE_SECONDS = restarts.FIRST_PAUSE_SECONDS;"
-    "from seedling.launch.cli import main; main()"
+    "import sys; from seedling.launch.launchers import restarts;"
+    "restarts.LONGEST_PAUSE_SECONDS = restarts.FIRST_PAUSE_SECONDS;"
+    "from seedling.launch.cli import main; sys.exit(main())"
 )
 CRASHED = "crashed with exit code"
 

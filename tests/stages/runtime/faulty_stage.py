@@ -60,9 +60,12 @@ def disturb_checkpoints(fault: Fault) -> None:
     """Count what is done to files below checkpoints/, and let the fault happen at the `at`-th time."""
     done = 0
 
+    def ours(path: object) -> bool:
+        return "/checkpoints/" in str(path)
+
     def touched(path: object) -> None:
         nonlocal done
-        if "/checkpoints/" in str(path):
+        if ours(path):
             done += 1
             if done == fault.at:
                 fault.fire()
@@ -77,7 +80,7 @@ def disturb_checkpoints(fault: Fault) -> None:
         touched(path)
         plain_save(state, path, **options)
         size = os.path.getsize(path)
-        if fault.kind == "kill_in_save" and done + 1 == fault.at:
+        if fault.kind == "kill_in_save" and ours(path) and done + 1 == fault.at:
             os.truncate(path, size // 2)
         touched(path)
 
