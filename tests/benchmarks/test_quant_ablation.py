@@ -53,8 +53,8 @@ def test_every_row_says_what_a_weight_takes_fine_tuned_ones_too(benchmark, tmp_p
         folder = tmp_path / cell.step / "artifact"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps({"metrics": {name: 2.0 + number / 100}}))
-    steps = [{"name": name, "seconds": 5.0} for name in ("control", *(cell.step for cell in cells))]
-    (tmp_path / "summary.json").write_text(json.dumps({"steps": steps}))
+    stages = {name: {"seconds": 5.0} for name in ("control", *(cell.step for cell in cells))}
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
     said = benchmark.seconds(tmp_path, bits=bits, groups=groups)
     for number, cell in enumerate(cells):
         assert f"{cell.step}: 5 s, {2.0 + number / 100:.2f} bits a weight" in said
