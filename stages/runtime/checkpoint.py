@@ -113,7 +113,9 @@ def _as_json(values: dict) -> str:
 
 
 def _begin(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
+    """Make room: what a killed run has left unfinished, of this step or another, is of no use to anybody."""
+    for left in staging.parent.glob(".step_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
 
 

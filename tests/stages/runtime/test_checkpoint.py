@@ -111,6 +111,13 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_too(tmp_pa
     assert "step_000010: torn checkpoint (shards.pt cannot be read (Input/output error))" in caplog.text
 
 
+def test_what_killed_runs_left_unfinished_of_any_step_goes_before_more_is_written(tmp_path):
+    left = tmp_path / ".step_000034.partial" / "shards"
+    left.mkdir(parents=True)
+    write_checkpoint(tmp_path, 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000030"]
+
+
 def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path):
     write_checkpoint(tmp_path, 5).rename(tmp_path / ".step_000005.partial")
     assert find_checkpoint(tmp_path, world=ALONE) is None
