@@ -88,10 +88,11 @@ RUNS = {
             "train": TRAIN | {"lr": ASR_LR | {"lora": 1e-4}, "micro_batch_seconds": 48, "global_batch_seconds": 96},
         },
     ),
-    "context_sft_zero3_bf16": (
-        "context_sft",
+    "sft_zero3_bf16": (
+        "sft",
         2,
         {
+            "encoder": ENCODER | {"num_layers": 8},
             "ctc_weight": 0.5,
             "train": TRAIN
             | {"lr": ASR_LR, "zero_stage": 3, "precision": "bf16", "micro_batch_seconds": 32}
@@ -165,7 +166,7 @@ def loaded(name: str, work: Path):
 
     stage, _, values = RUNS[name]
     acllm = {"acllm": str(work / "acllm" / "artifact")}
-    inputs = {"sft": {"llm": str(work / "llm")}, "mwer": acllm, "context_sft": acllm}
+    inputs = {"sft": {"llm": str(work / "llm")}, "mwer": acllm}
     data = {"data": {"train": [str(work / "corpus" / "shards")]}}
     if stage == "lm_pretrain":
         data = {"text": [str(work / "corpus" / "text.txt")]}
