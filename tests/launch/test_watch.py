@@ -120,10 +120,13 @@ def test_a_rank_that_a_signal_ends_is_known_to_the_other_machine(launcher, launc
         else:
             (pid,) = [each.pid for each in ends(logs, before=other.before) if each.rank == 3]
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: len(rank_pids(launcher.pid)) == 1)
-            watch.look(launcher.pid, False)
+
+            def seen() -> bool:  # the process has no command line before it has ended: a look may come between
+                watch.look(launcher.pid, False)
+                return watch.failed_at is not None
+
+            wait_until(seen)
             assert [each.rank for each in failures(logs, before=other.before)] == [3]
-            assert watch.failed_at is not None
 
 
 @pytest.mark.parametrize("asked", [True, False])
