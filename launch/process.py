@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..stages.runtime.rendezvous import RANK_VARIABLES
-from ..stages.runtime.signals import EXIT_INTERRUPTED
+from ..stages.runtime.signals import EXIT_INTERRUPTED, SAME_REQUEST_SECONDS
 from . import remote
 from .lifetime import end_with_parent
 from .placement import Placement, deepspeed_command
@@ -27,9 +27,6 @@ from .watch import Watch, signal_processes
 
 # SIGUSR1 is what Slurm sends before a job's time is up; SIGHUP comes when the terminal closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# The same request can come twice: from whom we were started, and from Slurm, which signals every process of a job. A
-# rank must see it once, since a second one means that it should not wait for its checkpoint.
-SAME_REQUEST_SECONDS = 3.0
 POLL_SECONDS = 2.0
 
 
@@ -95,7 +92,7 @@ def run_child(
         while (code := _end_of(child)) is None:
             now = time.monotonic()
             if len(asked) > handled:
-                if now - handled_at > SAME_REQUEST_SECONDS:
+                if now - handled_at > SAME_REQUEST_SECONDS:  # a rank that sees two does not wait for its checkpoint
                     stop(child.pid, asked[-1])
                     handled_at = now
                 handled = len(asked)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,7 +62,8 @@ def sort_events(events: Iterable[FunctionEvent], *, is_cuda: bool) -> tuple[list
     for event in events:
         when = (event.time_range.start, event.time_range.end)
         if is_cuda:
-            (collectives if event.name.startswith("nccl") else work).append(when)
+            if event.device_type == DeviceType.CUDA:  # not the call that has started it
+                (collectives if event.name.startswith("nccl") else work).append(when)
         elif event.name.startswith("gloo:"):
             collectives.append(when)
         elif "::" in event.name and not event.name.startswith(NO_WORK):

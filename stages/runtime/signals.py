@@ -9,7 +9,8 @@ from typing import Any
 
 # sysexits.h: "temporary failure, try again". Not 0: a pipeline must not take an interrupted stage for a finished one.
 EXIT_INTERRUPTED = 75
-# A terminal that closes sends SIGHUP twice, by the shell and by the kernel: one request.
+# One request can come twice: from who started us and from Slurm, which signals every process of a job; from the shell
+# of a terminal that closes, and from the kernel.
 SAME_REQUEST_SECONDS = 3.0
 
 

@@ -1,12 +1,15 @@
 """The share of a step that is nothing but communication: sums of intervals, and real ranks of which one is late."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from forked_jobs import ForkedJob
+from torch.autograd import DeviceType
 from toy_jobs import read_lines
 
-from seedling.stages.runtime.communication import WATCHED_STEP, CommunicationWatch, covered, exposed
+from seedling.stages.runtime.communication import WATCHED_STEP, CommunicationWatch, covered, exposed, sort_events
 from seedling.stages.runtime.world import World
 
 FRAC, LEAST = "train/communication_frac", "train/communication_frac_least"
@@ -32,10 +35,23 @@ def test_exposed_is_the_time_of_collectives_in_which_no_work_runs():
         assert exposed(collectives, work) == (on_a_grid(collectives) & ~on_a_grid(work)).sum()
 
 
+def test_on_a_gpu_kernels_count_and_not_the_calls_that_start_them():
+    def event(name, start, end, device):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device)
+
+    events = [
+        event("cudaLaunchKernel", 0, 100, DeviceType.CPU),
+        event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 10, 40, DeviceType.CUDA),
+        event("ampere_sgemm_128x64_nn", 30, 60, DeviceType.CUDA),
+    ]
+    collectives, work = sort_events(events, is_cuda=True)
+    assert (collectives, work) == ([(10, 40)], [(30, 60)]) and exposed(collectives, work) == 20
+
+
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """Metrics of two ranks, rank 1 a tenth of a second late in each forward pass, under two ZeRO stages."""
-    late = {"sleep_seconds": 0.1, "sleep_rank": 1}
+    """Metrics of two ranks, rank 1 a third of a second late in each forward pass, under two ZeRO stages."""
+    late = {"sleep_seconds": 0.3, "sleep_rank": 1}
     runs = {f"zero{stage}": {"train": {**TRAIN, "zero_stage": stage}, **late} for stage in (0, 2)}
     root = ForkedJob(tmp_path_factory.mktemp("runs"), runs, ranks=2).finish().root
     return {name: read_lines(root / name / "metrics.jsonl") for name in runs}
