@@ -20,16 +20,15 @@ from seedling.launch.stage_lookup import load_stage_config
 
 NAME = "OMP_NUM_THREADS"
 
-# Rank 0, which says when it has the folder, with a data worker that outlives it.
+# Rank 0 with a data worker that outlives it; the worker says when it is there, which is after what a fork closes.
 HOLDER = """
 import os, time
 from seedling.launch.job import owned_run_dir
 from seedling.launch.stage_lookup import load_stage_config
 loaded = load_stage_config("toy_stages:Count", None, overrides=["run_dir=r"])[1]
 with owned_run_dir(loaded):
-    worker = os.fork()
-    if worker:
-        print(worker, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
