@@ -1,19 +1,27 @@
 """Facts of this process."""
 
+import shutil
 from types import SimpleNamespace
 
 import torch
 
-from seedling.launch.rank_facts import free_bytes, gather_facts, installed, read_first
+from seedling.launch.rank_facts import gather_facts, installed, read_first
 from seedling.stages.runtime.world import World
 
 
 def test_a_rank_tells_of_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    asked = []
+
+    def disk_usage(place):  # the disk's own would change from one look to the next: it is not ours alone
+        asked.append(place)
+        return SimpleNamespace(free=41)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     (facts,) = gather_facts(World(0, 1, torch.device("cpu")), run_dir=str(tmp_path / "not" / "yet"))
     assert facts.versions["torch"].startswith(torch.__version__.split("+")[0])
     assert facts.environment["NCCL_DEBUG"] == "INFO"
-    assert facts.disk_free == free_bytes(str(tmp_path)) > 0
+    assert facts.disk_free == 41 and asked[-1] == tmp_path  # the folder in which the run's will be made
     assert facts.open_files > 0 and facts.bandwidth == 0 and facts.data_error == ""
 
 

@@ -19,7 +19,7 @@ import pathlib, subprocess, sys, time
 while not pathlib.Path("go").exists(): time.sleep(0.05)
 ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], str(rank), "-m", "{JOB_MODULE}"]) for rank in (2, 3)]
 for rank in ranks: rank.wait()
-time.sleep(60)
+time.sleep(3600)
 """
 RANK = """
 import pathlib, signal, sys, time
@@ -31,12 +31,12 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 with end_recorded(pathlib.Path("logs"), int(sys.argv[1])):
     pathlib.Path(f"ready{sys.argv[1]}").touch()
-    time.sleep(60)
+    time.sleep(3600)
 """
 SECOND_OF_TWO = Placement(nproc=2, nnodes=2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
