@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def call(*command, cwd: Path, **environment) -> str:
     ended = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -24,7 +24,8 @@ class Request(NamedTuple):
 class RangeServer(ThreadingHTTPServer):
     """`faults` are taken one by one, each by the next GET: a status, or cut, short, reset, silent, trickle, whole.
 
-    `always` is a fault for every GET; `delay_s` delays every answer; without `versions` no answer has an ETag.
+    `always` is a fault for every GET; without `versions` no answer has an ETag. With a barrier `meeting` answers wait
+    until as many have been asked for.
     """
 
     daemon_threads = True
@@ -34,7 +35,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder = folder
         self.faults: deque[int | str] = deque()
         self.always: int | str | None = None
-        self.delay_s = 0.0
+        self.meeting: threading.Barrier | None = None
         self.versions = True
         self.requests: list[Request] = []
         self.under_way = self.most_under_way = 0
@@ -67,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         try:
-            time.sleep(server.delay_s)
+            if server.meeting is not None:
+                server.meeting.wait(60)
             self._answer()
         finally:
             with server.lock:
@@ -88,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "reset":
             self._hang_up()
         elif fault == "silent":
-            time.sleep(30)
+            time.sleep(60)
         elif fault == "whole":
             self._send(200, content, "")
         elif start >= len(content):

@@ -57,6 +57,6 @@ left = iter(make_loader(PlannedBatches(None, Echo()), range(1000), num_workers=2
 {first}
 raise RuntimeError("something went wrong")
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 1
     assert "something went wrong" in ended.stderr and "killed" not in ended.stderr

@@ -24,7 +24,7 @@ def server(tmp_path, monkeypatch):
         yield running
 
 
-def reader(tries: int = 4, timeout_s: float = 5.0) -> Host:
+def reader(tries: int = 4, timeout_s: float = 60.0) -> Host:
     return Host("http", Patience(tries, timeout_s))
 
 
@@ -84,8 +84,8 @@ def test_what_may_pass_is_tried_again(server, fault):
 def test_a_slow_answer_ends_at_its_deadline_and_is_tried_again(server, fault):
     server.faults.append(fault)
     started = time.monotonic()
-    assert reader(timeout_s=0.5).read(f"{server.url}/a.tar", offset=0, size=100) == CONTENT[:100]
-    assert 0.5 <= time.monotonic() - started < 10
+    assert reader(timeout_s=2.0).read(f"{server.url}/a.tar", offset=0, size=100) == CONTENT[:100]
+    assert 2.0 <= time.monotonic() - started < 20  # as long as the slow answer
 
 
 @pytest.mark.parametrize("fault", [503, "cut", "short", "silent"])
@@ -94,7 +94,7 @@ def test_a_server_that_does_not_recover_ends_with_its_url_the_tries_and_the_last
     with pytest.raises(
         HostError, match=rf"{server.url}/a.tar: no good answer in 3 tries.*the last one: .+; see whether"
     ):
-        reader(tries=3, timeout_s=0.5).read(f"{server.url}/a.tar", offset=0, size=1000)
+        reader(tries=3, timeout_s=2.0 if fault == "silent" else 60.0).read(f"{server.url}/a.tar", offset=0, size=1000)
     assert len(server.requests) == 3
 
 
@@ -151,7 +151,7 @@ def test_a_reader_works_on_in_a_forked_process(server):
     ]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [CONTENT[:100]] * 3
+    assert [queue.get(timeout=600) for _ in children] == [CONTENT[:100]] * 3
     assert mine.read(f"{server.url}/a.tar", offset=100, size=100) == CONTENT[100:200]
 
 

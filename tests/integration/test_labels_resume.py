@@ -45,7 +45,7 @@ def start(stage: str, run_dir, values, given, *, log) -> tiny_runs.Process:
     return tiny_runs.Process(log, "run", stage, "--config", str(config), f"run_dir={run_dir}", *given)
 
 
-def kill_when(process: tiny_runs.Process, seen, *, timeout: float = 240) -> None:
+def kill_when(process: tiny_runs.Process, seen, *, timeout: float = 900) -> None:
     """Send SIGKILL as soon as `seen()` is true of what the process has done."""
     deadline = time.time() + timeout
     while not seen():

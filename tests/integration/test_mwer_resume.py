@@ -54,7 +54,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path, overrides, un
 
 def worker_of(trainer: int) -> int:
     """Return the process that multiprocessing has spawned below a trainer; the other one only watches semaphores."""
-    deadline = time.time() + 60
+    deadline = time.time() + 600
     while time.time() < deadline:
         children = Path(f"/proc/{trainer}/task/{trainer}/children").read_text().split()
         found = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -60,7 +60,7 @@ def start(run_dir, given, *, log) -> tiny_runs.Process:
 
 def kill_when_there_are(process: tiny_runs.Process, count: int, *, pattern: str, run_dir) -> None:
     """Send SIGKILL as soon as so many blocks are kept; what comes after them is then half done."""
-    deadline = time.time() + 240
+    deadline = time.time() + 900
     while len(list((run_dir / "checkpoints").glob(pattern))) < count:
         assert time.time() < deadline and process.process.poll() is None, process.log.read_text()[-3000:]
         time.sleep(0.001)

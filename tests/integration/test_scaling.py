@@ -26,7 +26,7 @@ def test_a_study_stopped_by_a_failing_size_goes_on_and_skips_what_is_done(tmp_pa
 
     def run(*overrides):
         command = [sys.executable, "-m", "seedling.launch.cli", "scaling", str(study), *overrides]
-        return subprocess.run(command, env=tiny_runs.ENVIRONMENT, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, env=tiny_runs.ENVIRONMENT, capture_output=True, text=True, timeout=1800)
 
     failed = run("pretrain_c.train.max_steps=0")
     assert failed.returncode == 2, failed.stdout[-3000:]

@@ -202,7 +202,9 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         while not (tmp_path / "r/config.yaml").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)
-        second = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+        second = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert second.returncode == 2 and f"process {first.pid} on " in second.stderr
     finally:
         first.kill()

@@ -35,7 +35,7 @@ class Threads:
 
 def fit_on(ranks: int, frames, ids, *, owner_N, **settings) -> list:
     """Fit with frame i on rank owner_N[i]; return the result of every rank."""
-    barrier, shared = threading.Barrier(ranks, timeout=60), [None] * ranks
+    barrier, shared = threading.Barrier(ranks, timeout=600), [None] * ranks
 
     def run(rank: int):
         mine = owner_N == rank

@@ -127,7 +127,7 @@ def test_a_seed_draws_the_same_codes_in_another_process_whatever_was_drawn_befor
         "import torch; torch.rand(7); from seedling.model.random_quantizer import *;"
         "print(RandomProjectionQuantizer(QuantizerConfig(codebook_size=500, seed=3), num_mel_bins=80).fingerprint())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == before, done.stderr[-2000:]
 
 

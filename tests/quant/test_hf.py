@@ -264,6 +264,6 @@ def test_a_fresh_process_loads_a_packed_folder_in_any_import_order(imports, tmp_
     model.save_pretrained(tmp_path)
     code = f"{imports}\nfrom seedling.quant.packed_model import codes_hash\n"
     code += f"print(codes_hash(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [codes_hash(model)]

@@ -12,7 +12,7 @@ class Together:
     """Meets at a barrier, which breaks where a rank does not come."""
 
     def __init__(self, size):
-        self.size, self.meeting, self.values = size, threading.Barrier(size, timeout=30), [None] * size
+        self.size, self.meeting, self.values = size, threading.Barrier(size, timeout=600), [None] * size
 
     def of(self, rank):
         one = copy.copy(self)

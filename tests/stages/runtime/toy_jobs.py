@@ -41,7 +41,7 @@ class Job:
     def output(self, rank: int = 0) -> str:
         return self.logs[rank].read_text()
 
-    def wait_for_step(self, name: str, step: int, *, timeout: float = 120) -> None:
+    def wait_for_step(self, name: str, step: int, *, timeout: float = 900) -> None:
         """Return once run `name` has trained `step` steps."""
         ledger, deadline = self.root / name / "ledger.jsonl", time.time() + timeout
         while not ledger.exists() or len(ledger.read_text().splitlines()) < step:
@@ -53,7 +53,7 @@ class Job:
             process.kill()
         self.wait()
 
-    def wait(self, *, timeout: float = 240) -> list[int]:
+    def wait(self, *, timeout: float = 900) -> list[int]:
         """Return the ranks' exit codes."""
         try:
             return [process.wait(timeout=timeout) for process in self.ranks]

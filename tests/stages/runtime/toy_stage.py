@@ -40,8 +40,9 @@ class ToyConfig(TrainingStageConfig):
     nan_keys: list[str] = field(default_factory=list)
     inf_gradient_keys: list[str] = field(default_factory=list)
     bad_keys: list[str] = field(default_factory=list)
-    sleep_seconds: float = 0.0  # of a forward pass, on rank `sleep_rank` or on all
+    sleep_seconds: float = 0.0  # of a forward pass, on rank `sleep_rank` or on all, of step `sleep_step` or of all
     sleep_rank: int | None = None
+    sleep_step: int | None = None  # from 0
     stop_after: int = 0  # steps, after which a rank is asked to stop, as a cluster would
 
 
@@ -159,6 +160,7 @@ class ToyStage:
 
     def loss(self, model: nn.Module, batch: ToyBatch) -> StepOutput:
         sleeps = self.cfg.sleep_rank is None or os.environ.get("RANK") == str(self.cfg.sleep_rank)
+        sleeps &= self.cfg.sleep_step in (None, batch.index // self.cfg.train.micro_batches)
         time.sleep(self.cfg.sleep_seconds if model.training and sleeps else 0)
         if model.training and self.cfg.stop_after and batch.index == self.cfg.stop_after * self.cfg.train.micro_batches:
             os.kill(os.getpid(), signal.SIGTERM)
