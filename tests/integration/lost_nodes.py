@@ -108,20 +108,24 @@ def lose_nodes(
     *,
     losses: int,
     seed: int,
-    hang_timeout: float = 30.0,
-    patience: float = 600.0,
+    hang_timeout: float = 0.0,
+    patience: float = 1800.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Losses:
     """Train `config` undisturbed, then with `losses` losses; AssertionError shows what both machines wrote.
 
-    Which machine is lost is drawn, and so is after how many further steps; `hang_timeout` is in seconds.
+    Which machine is lost is drawn, and so is after how many further steps. `hang_timeout` is in seconds; by default it
+    is as long as the undisturbed run takes to its first step, and at least 30: on a busy machine a start is no hang.
     """
     draws, told, began = random.Random(seed), Losses(), time.monotonic()
     straight = TwoMachineJob(folder, config, nodes, folder / "straight")
-    disturbed = TwoMachineJob(folder, config, nodes, folder / "run", f"train.hang_timeout={hang_timeout}")
+    disturbed = TwoMachineJob(folder, config, nodes, folder / "run")
     try:
         for number in (0, 1):
             straight.start(number)
+        straight.wait(lambda: bool(straight.steps()), "first step", patience=patience)
+        hang_timeout = hang_timeout or max(30.0, time.monotonic() - began)
+        disturbed.overrides = (f"train.hang_timeout={hang_timeout:.0f}",)
         straight.end(patience=patience)
         say(f"the undisturbed run has ended: {len(straight.steps())} steps")
         for number in (0, 1):

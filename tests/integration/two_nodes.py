@@ -7,6 +7,7 @@ wrong interface fails here as it does on a cluster. The files are shared. Needs 
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,12 +91,21 @@ def reachable_by_ssh(nodes: Sequence[Node], folder: Path) -> Iterator[dict[str, 
     try:
         for node in nodes:
             command = [str(shutil.which("sshd", path=PATH)), "-D", "-f", str(folder / "sshd_config")]
-            servers.append(subprocess.Popen(node.command(*command, "-E", str(folder / f"{node.name}.log"))))
+            log = folder / f"{node.name}.log"
+            servers.append(subprocess.Popen(node.command(*command, "-E", str(log))))
+            _wait_for_ssh(node, servers[-1], log)
         yield {"PATH": os.pathsep.join([str(folder / "bin"), PATH])}
     finally:
         for server in servers:
             server.terminate()
             server.wait()
+
+
+def _wait_for_ssh(node: Node, server: subprocess.Popen, log: Path) -> None:
+    deadline, knock = time.monotonic() + 120, node.command("bash", "-c", f": </dev/tcp/{node.address}/22")
+    while subprocess.run(knock, stderr=subprocess.DEVNULL).returncode:
+        assert time.monotonic() < deadline and server.poll() is None, f"no sshd on {node.name}: {log.read_text()}"
+        time.sleep(0.1)
 
 
 def _ip(*words: str) -> None:
