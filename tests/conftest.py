@@ -1,6 +1,7 @@
-"""What all tests share: where human speech lies, one torch thread per test process, no rank left behind."""
+"""What all tests share: where human speech lies, one torch thread per test process, no rank left behind, same draws."""
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def rank_variables_restored():
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(RANK_AT_START)
+
+
+def seed_by_name(node: pytest.Item | pytest.Collector) -> None:
+    """Seed torch by a test's or a file's name: what it draws must not hang on what ran before it in this process."""
+    torch.manual_seed(zlib.crc32(node.nodeid.encode()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded_file(request):
+    seed_by_name(request.node)
+
+
+@pytest.fixture(autouse=True)
+def seeded_test(request):
+    seed_by_name(request.node)
 
 
 @pytest.fixture(scope="session")
