@@ -34,6 +34,7 @@ from seedling.data.index import Corpus, index_folder, index_path, read_index
 from seedling.data.payload import PayloadReader
 from seedling.data.remote import NEIGHBOURS, Range, RemoteConfig, RemotePath, RemoteStore, located, together
 from seedling.data.shards import open_shard, shard_path
+from seedling.stages.runtime.rendezvous import free_port
 
 RATE = 16000
 SHARDS, UTTERANCES = 3, 12
@@ -411,12 +412,6 @@ def test_settings_of_a_server_that_cannot_work_are_named(setting, value):
 
 
 # --- real servers
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(port: int, process: subprocess.Popen) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seedling.stages.runtime.rendezvous import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CONFIG = """
@@ -58,21 +60,15 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "slurmd has to run as root"
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @contextmanager
 def running(folder: Path) -> Iterator[dict[str, str]]:
     """Start it in `folder`, yield the environment in which its commands work, and end it."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    controller_port, node_port = free_ports(2)
+    controller_port = node_port = free_port()
+    while node_port == controller_port:
+        node_port = free_port()
     host = socket.gethostname().partition(".")[0]
     values = {"folder": folder, "host": host, "controller_port": controller_port, "node_port": node_port}
     (folder / "slurm.conf").write_text(CONFIG.format(**values, cpus=os.cpu_count()))
