@@ -235,8 +235,11 @@ class Process:
     def wait_for_step(self, run_dir: Path, step: int, *, timeout: float = 900) -> None:
         """Return as soon as the run has trained `step` steps."""
         ledger, deadline = run_dir / "ledger.jsonl", time.time() + timeout
-        while not ledger.exists() or ledger.read_text().count("\n") < step:
-            assert time.time() < deadline and self.process.poll() is None, self.log.read_text()[-3000:]
+        while True:
+            ended = self.process.poll() is not None  # asked first: by the next line it may have trained to its end
+            if ledger.exists() and ledger.read_text().count("\n") >= step:
+                return
+            assert time.time() < deadline and not ended, self.log.read_text()[-3000:]
             time.sleep(0.002)
 
 

@@ -44,8 +44,11 @@ class Job:
     def wait_for_step(self, name: str, step: int, *, timeout: float = 900) -> None:
         """Return once run `name` has trained `step` steps."""
         ledger, deadline = self.root / name / "ledger.jsonl", time.time() + timeout
-        while not ledger.exists() or len(ledger.read_text().splitlines()) < step:
-            assert time.time() < deadline and self.ranks[0].poll() is None, self.output()[-3000:]
+        while True:
+            ended = self.ranks[0].poll() is not None  # asked first: by the next line it may have trained to its end
+            if ledger.exists() and ledger.read_text().count("\n") >= step:
+                return
+            assert time.time() < deadline and not ended, self.output()[-3000:]
             time.sleep(0.005)
 
     def kill(self) -> None:
