@@ -42,9 +42,8 @@ class Count:
         if cfg.fail == "rank1":
             if os.environ["RANK"] == "1":
                 sys.exit(7)
-            time.sleep(
-                3600
-            )  # until the launcher ends it: by itself it might fail first, at a barrier, with another code
+            # Until the launcher ends it: by itself it might fail first, at a barrier, with another code.
+            time.sleep(3600)
         if cfg.fail == "last_rank":
             if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 raise RuntimeError("the last rank cannot go on")
