@@ -71,8 +71,10 @@ class Queue:
         self.wait(reached, f"{state} of job {number}")
 
     def steps(self) -> list[int]:
+        """Return the steps in the ledger; a line that is being written is not one yet."""
         file = self.folder / "runs/pipe/train/ledger.jsonl"
-        return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+        whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+        return [json.loads(line)["step"] for line in whole]
 
     def said(self) -> str:
         files = sorted(self.folder.rglob("logs/*.log"))
