@@ -10,9 +10,10 @@ Quantises the encoder and the LLM of the finished recogniser in RUN for every nu
     block-wise        and each block refined towards the full-precision one
     fine-tuned        and scales, zeros and norms trained on the task, the full-precision recogniser as their teacher
 
-and, at the fewest bits and the first size of groups, the encoder alone and the LLM alone (not with --whole). Two rows are not quantised:
-the recogniser as it is, and the control, which has had the same extra training on all its weights. Each is scored as it
-is stored; intervals are a bootstrap over utterances. Writes OUT/table.md; what is finished is not repeated.
+and, at the fewest bits and the first size of groups, the encoder alone and the LLM alone (not with --whole). Two rows
+are not quantised: the recogniser as it is, and the control, which has had the same extra training on all its weights.
+Each is scored as it is stored; intervals are a bootstrap over utterances. Writes OUT/table.md; what is finished is not
+repeated.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Domain(NamedTuple):
     control_settings: dict[str, Any]
 
 
-GENTLY = {"train.max_steps": 200, "train.warmup_steps": 10, "train.save_every": 0}
+GENTLY = {"train.max_steps": 150, "train.warmup_steps": 6, "train.save_every": 0}  # as quant_finetune_demo
 DOMAINS = {
     "demo": Domain(
         acllm="context_sft/artifact",
