@@ -1,7 +1,7 @@
 """What few bits cost a recogniser, and which part of decoupleQ wins it back: an ablation.
 
     python benchmarks/quant_ablation.py demo --run runs/demo --out runs/quant_demo [--bits 2,3,4] [--groups 64,-1]
-    python benchmarks/quant_ablation.py human --run runs/human_speech --out runs/quant_human [--quick]
+    python benchmarks/quant_ablation.py human --run runs/human_speech --out runs/quant_human [--whole] [--quick]
 
 Quantises the encoder and the LLM of the finished recogniser in RUN for every number of bits and size of groups, by
 
@@ -10,9 +10,10 @@ Quantises the encoder and the LLM of the finished recogniser in RUN for every nu
     block-wise        and each block refined towards the full-precision one
     fine-tuned        and scales, zeros and norms trained on the task, the full-precision recogniser as their teacher
 
-and, at the fewest bits and the first size of groups, the encoder alone and the LLM alone. Two rows are not quantised:
-the recogniser as it is, and the control, which has had the same extra training on all its weights. Each is scored as it
-is stored; intervals are a bootstrap over utterances. Writes OUT/table.md; what is finished is not repeated.
+and, at the fewest bits and the first size of groups, the encoder alone and the LLM alone (not with --whole). Two rows
+are not quantised: the recogniser as it is, and the control, which has had the same extra training on all its weights.
+Each is scored as it is stored; intervals are a bootstrap over utterances. Writes OUT/table.md; what is finished is not
+repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     BLOCK: {},
 }
 ROWS = (*METHODS, TUNED)
-PARTS = {"encoder and LLM": "", "encoder": "llm.*", "LLM": "encoder.*"}  # part -> what stays as it is
+WHOLE = "encoder and LLM"
+PARTS = {WHOLE: "", "encoder": "llm.*", "LLM": "encoder.*"}  # part -> what stays as it is
 
 
 class Domain(NamedTuple):
@@ -50,7 +52,7 @@ class Domain(NamedTuple):
     control_settings: dict[str, Any]
 
 
-GENTLY = {"train.max_steps": 200, "train.warmup_steps": 10, "train.save_every": 0}
+GENTLY = {"train.max_steps": 150, "train.warmup_steps": 6, "train.save_every": 0}  # as quant_finetune_demo
 DOMAINS = {
     "demo": Domain(
         acllm="context_sft/artifact",
@@ -111,16 +113,24 @@ class Cell(NamedTuple):
         return f"{method}_{self.bits}_{group}{part}"
 
 
-def cells(bits: Sequence[int], groups: Sequence[int]) -> Iterator[Cell]:
+def cells(bits: Sequence[int], groups: Sequence[int], parts: Sequence[str]) -> Iterator[Cell]:
     """Yield every cell, each after the one that it goes on from."""
-    for part, left in PARTS.items():
+    for part in parts:
+        left = PARTS[part]
         for count in [min(bits)] if left else bits:
             for group_size in groups[:1] if left else groups:
                 yield from (Cell(method, count, group_size, part) for method in ROWS)
 
 
 def pipeline(
-    domain: Domain, run: Path, out: Path, *, bits: Sequence[int], groups: Sequence[int], more: dict[str, Any]
+    domain: Domain,
+    run: Path,
+    out: Path,
+    *,
+    bits: Sequence[int],
+    groups: Sequence[int],
+    parts: Sequence[str],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     start, contexts = str(run / domain.acllm), [str(run / at) if at else "" for at in domain.train.values()]
     data: dict[str, Any] = {"data.train": [str(run / shards) for shards in domain.train]}
@@ -130,7 +140,7 @@ def pipeline(
     control = {"name": "control", "stage": domain.control, "config": domain.control_config, "inputs": {"acllm": start}}
     steps += [{**control, "set": {**data, **domain.control_settings, **more}}]
     steps += _evaluations(domain, run, "control", "${control}")
-    for cell in cells(bits, groups):
+    for cell in cells(bits, groups, parts):
         step: dict[str, Any] = {"name": cell.step}
         if cell.method == TUNED:
             inputs = {"acllm": f"${{{cell._replace(method=BLOCK).step}}}", "teacher": start}
@@ -155,14 +165,14 @@ def _evaluations(domain: Domain, run: Path, name: str, acllm: str) -> Iterator[d
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def table(out: Path, test: str, *, bits: Sequence[int], groups: Sequence[int]) -> str:
+def table(out: Path, test: str, *, bits: Sequence[int], groups: Sequence[int], parts: Sequence[str]) -> str:
     """Return markdown: error rates with their intervals, a row per method, a column per bits and groups."""
     columns = [(count, size) for count in bits for size in groups]
     heads = [f"{count} bits, {'per channel' if size < 0 else f'g{size}'}" for count, size in columns]
     rows = [[test, *heads], ["---"] * (1 + len(heads))]
     for row, name in ((START, "start"), (CONTROL, "control")):
         rows.append([row, _shown(out, test, name), *[""] * (len(heads) - 1)])
-    for part in PARTS:
+    for part in parts:
         for method in ROWS:
             row = [f"{part}: {method}"]
             for count, size in columns:
@@ -177,12 +187,12 @@ def _shown(out: Path, test: str, name: str) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * metrics[key] for key in ("wer", "wer_low", "wer_high")))
 
 
-def seconds(out: Path, *, bits: Sequence[int], groups: Sequence[int]) -> str:
+def seconds(out: Path, *, bits: Sequence[int], groups: Sequence[int], parts: Sequence[str]) -> str:
     """Return how long each step took, and the bits that a packed weight takes."""
     took = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     times = {name: step["seconds"] for name, step in took["stages"].items()}
     lines = [f"control: {times['control']:.0f} s"]
-    for cell in cells(bits, groups):
+    for cell in cells(bits, groups, parts):
         metrics = _metrics(out, cell.step)
         stored = metrics["quant/bits_per_weight" if cell.method == TUNED else "bits_per_weight"]
         lines.append(f"{cell.step}: {times[cell.step]:.0f} s, {stored:.2f} bits a weight")
@@ -200,6 +210,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--groups", default="64,-1")
+    parser.add_argument("--whole", action="store_true", help="encoder and LLM together only")
     parser.add_argument("--quick", action="store_true", help="two steps of training, 2 bits, g64: shows that it works")
     args = parser.parse_args()
     from seedling.launch.pipeline import run_pipeline
@@ -208,18 +219,20 @@ def main() -> int:
     domain = DOMAINS[args.domain]
     bits = [2] if args.quick else [int(count) for count in args.bits.split(",")]
     groups = [64] if args.quick else [int(size) for size in args.groups.split(",")]
+    parts = [WHOLE] if args.whole else [*PARTS]
+    asked = {"bits": bits, "groups": groups, "parts": parts}
     if not (args.run / domain.acllm / "manifest.json").is_file():
         parser.error(f"--run {args.run}: no {domain.acllm} in it; finish that run first")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "pipeline.yaml"
     more = {"train.max_steps": 2} if args.quick else {}
-    steps = pipeline(domain, args.run, args.out, bits=bits, groups=groups, more=more)
+    steps = pipeline(domain, args.run, args.out, **asked, more=more)
     file.write_text(yaml.safe_dump(steps, sort_keys=False), encoding="utf-8")
     code = run_pipeline(load_pipeline(str(file)))
     if code:
         return code
-    parts = [table(args.out, test, bits=bits, groups=groups) for test in domain.tests]
-    text = "\n\n".join([*parts, seconds(args.out, bits=bits, groups=groups)]) + "\n"
+    tables = [table(args.out, test, **asked) for test in domain.tests]
+    text = "\n\n".join([*tables, seconds(args.out, **asked)]) + "\n"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
     return 0

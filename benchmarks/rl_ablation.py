@@ -55,7 +55,7 @@ DOMAINS = {
     "demo": Domain(
         config="mwer_demo",
         acllm="context_sft/artifact",
-        train={"shards_train": "contexts_train"},
+        train={"shards_rl": "contexts_rl"},
         test={"shards_test": {"right": "contexts_right", "wrong": "contexts_wrong"}},
         settings={},
     ),

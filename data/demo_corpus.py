@@ -2,7 +2,8 @@
 
 `generate` writes OUT/{train,dev,test}.jsonl (NeMo's keys audio_filepath, relative to OUT, duration and text; then
 speaker, lang and keywords), 16 kHz FLAC below OUT/audio, OUT/lm_text.txt and OUT/homophones.json. A little Mandarin is
-mixed into train.jsonl and lm_text.txt; held out it is OUT/{dev,test}_zh.jsonl, with OUT/homophones_zh.json.
+mixed into train.jsonl and lm_text.txt; held out it is OUT/{dev,test}_zh.jsonl, with OUT/homophones_zh.json. On request
+OUT/rl.jsonl is more of what train.jsonl is: a recogniser makes few errors to learn from on what it was trained on.
 
 - Dev and test share no voice with training: their espeak-ng variants (the shape of the throat) are theirs alone, in all
   accents. Nor any sentence: none sounds like one in train.jsonl or lm_text.txt. The grammar is shared, see `grammar`.
@@ -40,7 +41,8 @@ VERSION = 5  # raise it with every change that alters what is written: older cor
 SAMPLE_RATE = 16_000
 CHUNK_UTTERANCES = 300
 STAMP = "demo_corpus.json"  # the settings, and whether all of it is there
-MANIFESTS = ("train.jsonl", "dev.jsonl", "test.jsonl", "dev_zh.jsonl", "test_zh.jsonl")
+MANIFESTS = ("train.jsonl", "rl.jsonl", "dev.jsonl", "test.jsonl", "dev_zh.jsonl", "test_zh.jsonl")
+TRAINED = ("train", "rl")  # parts in which the languages are mixed
 WRITTEN = ("audio", "parts", *MANIFESTS, "lm_text.txt", "homophones.json", "homophones_zh.json")
 Splits = dict[Split, list[Utterance]]
 
@@ -61,6 +63,7 @@ def generate(
     *,
     hours: float = 2.0,
     mandarin_hours: float = 0.5,
+    rl_hours: float = 0.0,
     heldout_utterances: int = 300,
     lm_sentences: int = 60_000,
     seed: int = 0,
@@ -68,21 +71,23 @@ def generate(
 ) -> Path:
     """Write the corpus below `out` and return it. `hours` is English training audio, met within a few percent.
 
-    `mandarin_hours` come on top of it; 0 leaves the language out. `heldout_utterances` are in dev and in test, and a
-    third as many of Mandarin. `lm_sentences` are drawn for lm_text.txt beyond the training sentences, and of Mandarin
-    as many to an hour of audio. `out` is absent, empty or a demo corpus; one of other settings is replaced. ValueError
-    if the package that speaks is missing.
+    `mandarin_hours` come on top of it; 0 leaves the language out. `rl_hours` are kept apart in rl.jsonl, with as large
+    a share of Mandarin: said by the training voices, no sentence of training among them. `heldout_utterances` are in
+    dev and in test, and a third as many of Mandarin. `lm_sentences` are drawn for lm_text.txt beyond the training
+    sentences, and of Mandarin as many to an hour of audio. `out` is absent, empty or a demo corpus; one of other
+    settings is replaced. ValueError if the package that speaks is missing.
     """
-    if hours <= 0 or mandarin_hours < 0 or jobs < 1 or heldout_utterances < 1:
+    if hours <= 0 or min(mandarin_hours, rl_hours) < 0 or jobs < 1 or heldout_utterances < 1:
         raise ValueError(
-            f"hours ({hours}) must be positive, mandarin_hours ({mandarin_hours}) not negative, jobs ({jobs}) and "
-            f"heldout_utterances ({heldout_utterances}) at least 1"
+            f"hours ({hours}) must be positive, mandarin_hours ({mandarin_hours}) and rl_hours ({rl_hours}) not "
+            f"negative, jobs ({jobs}) and heldout_utterances ({heldout_utterances}) at least 1"
         )
     out = Path(out)
     settings = {
         "version": VERSION,
         "hours": hours,
         "mandarin_hours": mandarin_hours,
+        "rl_hours": rl_hours,
         "heldout_utterances": heldout_utterances,
         "lm_sentences": lm_sentences,
         "seed": seed,
@@ -91,7 +96,13 @@ def generate(
         return out
     import_loader()  # one clear line here, before anything is removed, rather than one from every process
     _make_ready(out, settings)
-    splits = plan(hours=hours, mandarin_hours=mandarin_hours, heldout_utterances=heldout_utterances, seed=seed)
+    splits = plan(
+        hours=hours,
+        mandarin_hours=mandarin_hours,
+        rl_hours=rl_hours,
+        heldout_utterances=heldout_utterances,
+        seed=seed,
+    )
     _write_texts(out, splits, sentences=lm_sentences, mandarin_share=mandarin_hours / hours, seed=seed)
     _speak(out, splits, seed=seed, jobs=jobs)
     for manifest, lines in _manifests(out, splits).items():
@@ -165,7 +176,7 @@ def _evenly_mixed(lists: Iterable[list[str]]) -> list[str]:
 
 
 def _manifests(out: Path, splits: Splits) -> dict[Path, list[str]]:
-    """Return the lines of every manifest; the languages share the one of training."""
+    """Return the lines of every manifest; the languages share those that are trained on."""
     lines = {
         split: [
             line
@@ -174,9 +185,10 @@ def _manifests(out: Path, splits: Splits) -> dict[Path, list[str]]:
         ]
         for split, rows in splits.items()
     }
-    trained = _evenly_mixed(lines[split] for split in splits if split.part == "train")
-    held_out = {out / f"{split.name}.jsonl": lines[split] for split in splits if split.part != "train"}
-    return {out / "train.jsonl": trained, **held_out}
+    manifests: dict[str, list[list[str]]] = {}
+    for split in splits:
+        manifests.setdefault(split.part if split.part in TRAINED else split.name, []).append(lines[split])
+    return {out / f"{name}.jsonl": _evenly_mixed(of_langs) for name, of_langs in manifests.items()}
 
 
 # ---------------------------------------------------------------- speaking, in fresh processes

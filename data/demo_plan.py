@@ -56,7 +56,7 @@ LANGUAGES = {
 class Split(NamedTuple):
     """A part of the corpus in one language."""
 
-    part: str  # train, dev or test
+    part: str  # train, rl (training voices, heard by no stage before reinforcement learning), dev or test
     lang: str
 
     @property
@@ -76,18 +76,29 @@ class Utterance(NamedTuple):
     pitch: int
 
 
-def plan(*, hours: float, mandarin_hours: float, heldout_utterances: int, seed: int) -> dict[Split, list[Utterance]]:
-    """Return every utterance of every split, in the order train, dev, test; English first.
+def plan(
+    *, hours: float, mandarin_hours: float, heldout_utterances: int, seed: int, rl_hours: float = 0.0
+) -> dict[Split, list[Utterance]]:
+    """Return every utterance of every split, in the order train, rl, dev, test; English first.
 
-    Held-out sentences are drawn first, so they do not depend on the hours. Of Mandarin a third as many are held out.
+    Held-out sentences are drawn first, so they do not depend on the hours, and those of rl last. Of Mandarin a third as
+    many are held out, and its share is the same in train and rl, which is left out at 0 hours.
     """
-    english = _plan_of("en", hours=hours, heldout_utterances=heldout_utterances, seed=seed)
+    english = _plan_of("en", hours=hours, rl_hours=rl_hours, heldout_utterances=heldout_utterances, seed=seed)
     if not mandarin_hours:
         return english
-    return english | _plan_of("zh", hours=mandarin_hours, heldout_utterances=-(-heldout_utterances // 3), seed=seed)
+    return english | _plan_of(
+        "zh",
+        hours=mandarin_hours,
+        rl_hours=rl_hours * mandarin_hours / hours,
+        heldout_utterances=-(-heldout_utterances // 3),
+        seed=seed,
+    )
 
 
-def _plan_of(lang: str, *, hours: float, heldout_utterances: int, seed: int) -> dict[Split, list[Utterance]]:
+def _plan_of(
+    lang: str, *, hours: float, rl_hours: float, heldout_utterances: int, seed: int
+) -> dict[Split, list[Utterance]]:
     train, dev, test = (Split(part, lang) for part in PARTS)
     own = "" if lang == "en" else f"{lang}-"
     sentences = LANGUAGES[lang].grammar.distinct_sentences(random.Random(f"sentences-{own}{seed}"))
@@ -95,13 +106,19 @@ def _plan_of(lang: str, *, hours: float, heldout_utterances: int, seed: int) -> 
         split: list(itertools.islice(_utterances(split, sentences, seed=seed), heldout_utterances))
         for split in (test, dev)
     }
-    spoken, seconds = [], 0.0
-    for utterance in _utterances(train, sentences, seed=seed):
-        if seconds >= hours * 3600:
-            break
-        spoken.append(utterance)
-        seconds += expected_seconds(utterance)
-    return {train: spoken, dev: heldout[dev], test: heldout[test]}
+    trained = {train: _lasting(hours, _utterances(train, sentences, seed=seed))}
+    if rl_hours:
+        rl = Split("rl", lang)
+        trained[rl] = _lasting(rl_hours, _utterances(rl, sentences, seed=seed))
+    return {**trained, dev: heldout[dev], test: heldout[test]}
+
+
+def _lasting(hours: float, utterances: Iterator[Utterance]) -> list[Utterance]:
+    taken, seconds = [], 0.0
+    while seconds < hours * 3600:
+        taken.append(next(utterances))
+        seconds += expected_seconds(taken[-1])
+    return taken
 
 
 def voices(split: Split) -> list[str]:

@@ -13,6 +13,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     corpus.add_argument("--out", required=True, metavar="DIR")
     corpus.add_argument("--hours", type=float, default=2.0, help="hours of training audio (default 2)")
     corpus.add_argument("--mandarin-hours", type=float, default=0.5, help="and of Mandarin (0.5); 0 leaves it out")
+    corpus.add_argument("--rl-hours", type=float, default=0.0, help="more, kept apart for reinforcement learning (0)")
     corpus.add_argument(
         "--heldout-utterances", type=int, default=300, help="in dev and in test (300), of Mandarin a third"
     )
@@ -61,6 +62,7 @@ def demo_corpus(arguments: argparse.Namespace) -> None:
         Path(arguments.out),
         hours=arguments.hours,
         mandarin_hours=arguments.mandarin_hours,
+        rl_hours=arguments.rl_hours,
         heldout_utterances=arguments.heldout_utterances,
         lm_sentences=arguments.lm_sentences,
         seed=arguments.seed,

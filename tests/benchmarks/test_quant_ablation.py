@@ -24,12 +24,10 @@ def benchmark():
 
 @pytest.mark.parametrize("domain", ["demo", "human"])
 def test_the_control_is_the_same_extra_training_of_other_weights(benchmark, domain):
-    bits, groups = [2], [64]
-    made = benchmark.pipeline(
-        benchmark.DOMAINS[domain], Path("run"), Path("out"), bits=bits, groups=groups, more={"train.max_steps": 7}
-    )
+    asked = {"bits": [2], "groups": [64], "parts": [benchmark.WHOLE]}
+    made = benchmark.pipeline(benchmark.DOMAINS[domain], Path("run"), Path("out"), **asked, more={})
     steps = {step["name"]: step for step in made["steps"]}
-    tuned = next(cell.step for cell in benchmark.cells(bits, groups) if cell.method == benchmark.TUNED)
+    tuned = next(cell.step for cell in benchmark.cells(**asked) if cell.method == benchmark.TUNED)
     configs = []
     for name in ("control", tuned):
         step = steps[name]
@@ -41,13 +39,13 @@ def test_the_control_is_the_same_extra_training_of_other_weights(benchmark, doma
     assert not control.specaugment.masks and not finetuned.specaugment.masks
     assert control.data.augment == finetuned.data.augment
     assert control.encoder.dropout == finetuned.encoder.dropout == 0
-    for name in ("max_steps", "micro_batch_seconds", "global_batch_seconds"):
+    for name in ("max_steps", "warmup_steps", "micro_batch_seconds", "global_batch_seconds"):
         assert getattr(control.train, name) == getattr(finetuned.train, name), name
 
 
 def test_every_row_says_what_a_weight_takes_fine_tuned_ones_too(benchmark, tmp_path):
-    bits, groups = [2], [64]
-    cells = list(benchmark.cells(bits, groups))
+    asked = {"bits": [2], "groups": [64], "parts": list(benchmark.PARTS)}
+    cells = list(benchmark.cells(**asked))
     for number, cell in enumerate(cells):
         name = "quant/bits_per_weight" if cell.method == benchmark.TUNED else "bits_per_weight"
         folder = tmp_path / cell.step / "artifact"
@@ -55,6 +53,6 @@ def test_every_row_says_what_a_weight_takes_fine_tuned_ones_too(benchmark, tmp_p
         (folder / "manifest.json").write_text(json.dumps({"metrics": {name: 2.0 + number / 100}}))
     stages = {name: {"seconds": 5.0} for name in ("control", *(cell.step for cell in cells))}
     (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
-    said = benchmark.seconds(tmp_path, bits=bits, groups=groups)
+    said = benchmark.seconds(tmp_path, **asked)
     for number, cell in enumerate(cells):
         assert f"{cell.step}: 5 s, {2.0 + number / 100:.2f} bits a weight" in said

@@ -18,9 +18,17 @@ from seedling.data import demo_plan
 from seedling.data.demo_corpus import Statistics, generate, statistics
 from seedling.data.demo_plan import LANGUAGES
 
-SETTINGS = {"hours": 0.02, "mandarin_hours": 0.01, "heldout_utterances": 12, "lm_sentences": 2000, "seed": 3}
-MANIFESTS = ("train", "dev", "test", "dev_zh", "test_zh")
-PARTS = {"train": ("train",), "dev": ("dev", "dev_zh"), "test": ("test", "test_zh")}
+SETTINGS = {
+    "hours": 0.02,
+    "mandarin_hours": 0.01,
+    "rl_hours": 0.01,
+    "heldout_utterances": 12,
+    "lm_sentences": 2000,
+    "seed": 3,
+}
+TRAINED = ("train", "rl")
+MANIFESTS = (*TRAINED, "dev", "test", "dev_zh", "test_zh")
+PARTS = {"train": TRAINED, "dev": ("dev", "dev_zh"), "test": ("test", "test_zh")}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def spoken_form(row: dict) -> str:
 
 
 def test_manifests_describe_audio_that_is_there(corpus):
-    assert [len(rows(corpus, manifest)) for manifest in MANIFESTS[1:]] == [12, 12, 4, 4]
+    assert [len(rows(corpus, manifest)) for manifest in MANIFESTS[2:]] == [12, 12, 4, 4]
     listed = set()
     for row in (row for manifest in MANIFESTS for row in rows(corpus, manifest)):
         info = soundfile.info(corpus / row["audio_filepath"])
@@ -52,10 +60,11 @@ def test_manifests_describe_audio_that_is_there(corpus):
 def test_languages_are_mixed_in_training_only(corpus):
     langs = {manifest: [row["lang"] for row in rows(corpus, manifest)] for manifest in MANIFESTS}
     assert {name: set(found) for name, found in langs.items()} == {
-        "train": {"en", "zh"}, "dev": {"en"}, "test": {"en"}, "dev_zh": {"zh"}, "test_zh": {"zh"},
+        "train": {"en", "zh"}, "rl": {"en", "zh"}, "dev": {"en"}, "test": {"en"}, "dev_zh": {"zh"}, "test_zh": {"zh"},
     }  # fmt: skip
-    half = len(langs["train"]) // 2
-    assert abs(langs["train"][:half].count("zh") - langs["train"][half:].count("zh")) <= 1
+    for name in TRAINED:
+        half = len(langs[name]) // 2
+        assert abs(langs[name][:half].count("zh") - langs[name][half:].count("zh")) <= 1
     for manifest in MANIFESTS:
         for row in rows(corpus, manifest):
             assert row["text"].isascii() == (row["lang"] == "en") == (not row["speaker"].startswith("cmn+")), row
@@ -86,7 +95,7 @@ def test_language_model_text_has_all_training_sentences_and_no_held_out_one(corp
     train = [row["text"] for row in rows(corpus, "train")]
     assert lines[: len(train)] == train and len(lines) == len(train) + 2000 + 1000
     assert sum(not line.isascii() for line in lines[len(train) :]) == 1000
-    held_out = {spoken_form(row) for manifest in MANIFESTS[1:] for row in rows(corpus, manifest)}
+    held_out = {spoken_form(row) for manifest in MANIFESTS[2:] for row in rows(corpus, manifest)}
     spoken = {LANGUAGES["en" if line.isascii() else "zh"].grammar.spoken_form(line) for line in lines}
     assert not held_out & spoken
 
@@ -135,7 +144,9 @@ def test_other_settings_replace_the_corpus(corpus, tmp_path):
     small = {**SETTINGS, "hours": 0.002, "mandarin_hours": 0.001, "heldout_utterances": 2, "lm_sentences": 5}
     out = generate(tmp_path / "corpus", **small, jobs=1)
     texts = [row["text"] for row in rows(out, "test")]
-    generate(out, **{**small, "seed": 4, "heldout_utterances": 1, "mandarin_hours": 0}, jobs=1)
+    assert (out / "rl.jsonl").exists()
+    generate(out, **{**small, "seed": 4, "heldout_utterances": 1, "mandarin_hours": 0, "rl_hours": 0}, jobs=1)
+    assert not (out / "rl.jsonl").exists()
     assert len(rows(out, "test")) == 1 and rows(out, "test")[0]["text"] not in texts
     assert len(list((out / "audio" / "test").iterdir())) == 1
     assert {row["lang"] for row in rows(out, "train")} == {"en"} and not list(out.rglob("*_zh*"))
@@ -148,7 +159,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("wrong", [{"hours": 0}, {"mandarin_hours": -1}, {"jobs": 0}, {"heldout_utterances": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"hours": 0}, {"mandarin_hours": -1}, {"rl_hours": -1}, {"jobs": 0}, {"heldout_utterances": 0}]
+)
 def test_settings_without_meaning_are_refused_by_name(tmp_path, wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{name} ({value})")):
@@ -159,6 +172,10 @@ def test_training_hours_are_met_within_a_few_percent(corpus):
     found = statistics(corpus / "train.jsonl")
     assert found["en"].hours == pytest.approx(SETTINGS["hours"], rel=0.08)
     assert found["zh"].hours == pytest.approx(SETTINGS["mandarin_hours"], rel=0.15)
+    later = statistics(corpus / "rl.jsonl")
+    assert later["en"].hours == pytest.approx(SETTINGS["rl_hours"], rel=0.12)
+    share = SETTINGS["mandarin_hours"] / SETTINGS["hours"]
+    assert later["zh"].hours / later["en"].hours == pytest.approx(share, rel=0.25)
 
 
 def test_statistics_are_totals_of_a_manifests_languages(tmp_path):

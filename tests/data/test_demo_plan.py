@@ -29,6 +29,17 @@ def test_mandarin_changes_nothing_about_english():
     assert [len(both[ZH[part]]) for part in ("dev", "test")] == [3, 3]
 
 
+def test_what_is_kept_for_reinforcement_learning_changes_nothing_and_repeats_nothing():
+    settings = {"hours": 0.1, "mandarin_hours": 0.02, "heldout_utterances": 9, "seed": 1}
+    without, planned = plan(**settings), plan(**settings, rl_hours=0.05)
+    apart = {lang: planned.pop(Split("rl", lang)) for lang in ("en", "zh")}
+    assert planned == without
+    for lang, kept in apart.items():
+        assert {row.voice for row in kept} <= set(voices(Split("train", lang)))
+        said = [LANGUAGES[lang].grammar.spoken_form(row.text) for split in without for row in without[split]]
+        assert kept and not {LANGUAGES[lang].grammar.spoken_form(row.text) for row in kept} & set(said)
+
+
 def test_the_english_test_set_is_the_one_that_published_figures_are_of():
     test = plan(hours=0.01, mandarin_hours=0, heldout_utterances=300, seed=0)[EN["test"]]
     said = "".join(f"{row.key}\t{row.voice}\t{row.words_per_minute}\t{row.pitch}\t{row.text}\n" for row in test)
