@@ -154,7 +154,7 @@ def test_a_distance_without_weight_is_measured_and_sends_no_gradient(trainer, kl
     trained = trainer(f"kl_weight={kl_weight}", f"encoder_weight={encoder_weight}")
     stage, batch = trained.stage, batches(trained)[0]
     prompts = stage.prompts(batch)
-    out = stage.hear(trained.engine.model, batch, prompts, return_logits=True)
+    out = stage.hear(trained.engine.model, batch, prompts, return_product=True)
     sums = stage._distances(stage._taught(batch, prompts), out)
     assert {name: one.requires_grad for name, one in sums.items()} == {
         "kl": kl_weight > 0,
