@@ -82,6 +82,7 @@ class RollCall:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            assert process.stdout is not None
             with process.stdout as answer:
                 said = answer.read().split() if process.returncode == 0 else []
             absent |= {rank.start for rank in ranks if f"absent:{rank.pid}" in said}
