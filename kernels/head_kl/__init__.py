@@ -37,8 +37,7 @@ def head_kl(
     shapes = [[len(head.hidden_NL), len(head.weight_VL)] for head in (teacher, student)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the teacher's logits are {shapes[0]}, the student's {shapes[1]}")
-    teacher = Head(*(None if tensor is None else tensor.detach() for tensor in _cast(teacher)))
-    student = _cast(student)
+    teacher, student = _cast(teacher).detached(), _cast(student)
     if impl == "reference" or (impl == "auto" and shapes[1][0] * shapes[1][1] <= chunk_logits):
         return reference(teacher.logits(), student.logits(), temperature=temperature)
     # Inside a Function gradients are always off; whether somebody wants them shows only here.
@@ -50,5 +49,6 @@ def _cast(head: Head) -> Head:
     device = head.hidden_NL.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return head
+    hidden_NL, weight_VL, bias_V = head
     dtype = torch.get_autocast_dtype(device)
-    return Head(*(None if tensor is None else tensor.to(dtype) for tensor in head))
+    return Head(hidden_NL.to(dtype), weight_VL.to(dtype), None if bias_V is None else bias_V.to(dtype))

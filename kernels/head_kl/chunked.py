@@ -24,6 +24,10 @@ class Head(NamedTuple):
     weight_VL: Tensor
     bias_V: Tensor | None
 
+    def detached(self) -> "Head":
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return Head(self.hidden_NL.detach(), self.weight_VL.detach(), bias_V)
+
     def logits(self, *, rows: slice = slice(None), words: slice = slice(None)) -> Tensor:
         """Return those of some tokens and some words."""
         bias_C = None if self.bias_V is None else self.bias_V[words]
@@ -72,8 +76,8 @@ class ChunkedKL(torch.autograd.Function):
             head_gradients = _head_gradients(
                 Head(*kept[:3]),
                 Head(*kept[3:6]),
-                *kept[6:],
-                factor_N1,
+                sums_N=kept[6:],
+                factor_N1=factor_N1,
                 temperature=ctx.temperature,
                 to_weight=to_weight,
                 to_bias=to_bias,
@@ -103,25 +107,25 @@ def _divergence(student_RV: Tensor, teacher_RV: Tensor, student: Head, slope_RL:
 def _head_gradients(
     student: Head,
     teacher: Head,
-    student_sum_N: Tensor,
-    teacher_sum_N: Tensor,
-    factor_N1: Tensor,
     *,
+    sums_N: list[Tensor],
+    factor_N1: Tensor,
     temperature: float,
     to_weight: bool,
     to_bias: bool,
     chunk_logits: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    weight_VL, bias_V = student.weight_VL, student.bias_V
+    hidden_NL, weight_VL, bias_V = student
+    student_sum_N, teacher_sum_N = sums_N
     weight_gradient_VL = torch.empty_like(weight_VL) if to_weight else None
-    bias_gradient_V = torch.empty_like(bias_V) if to_bias else None
-    for words in chunks(len(weight_VL), chunk_logits // max(1, len(student_sum_N))):
+    bias_gradient_V = torch.empty_like(bias_V) if to_bias and bias_V is not None else None
+    for words in chunks(len(weight_VL), chunk_logits // max(1, len(hidden_NL))):
         slopes_NC = student.softened(temperature, words=words).sub_(student_sum_N[:, None]).exp_()
         slopes_NC -= teacher.softened(temperature, words=words).sub_(teacher_sum_N[:, None]).exp_()
         slopes_NC *= factor_N1
         if bias_gradient_V is not None:
             bias_gradient_V[words] = slopes_NC.sum(0)
         if weight_gradient_VL is not None:
-            torch.mm(slopes_NC.to(weight_VL.dtype).T, student.hidden_NL, out=weight_gradient_VL[words])
+            torch.mm(slopes_NC.to(weight_VL.dtype).T, hidden_NL, out=weight_gradient_VL[words])
         del slopes_NC
     return weight_gradient_VL, bias_gradient_V

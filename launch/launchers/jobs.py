@@ -50,8 +50,8 @@ def whole_job(name: str, *, overrides: Sequence[str], cluster: ClusterConfig) ->
     command = "pipeline" if isinstance(loaded, Pipeline) else "run"
     first = [name] if command == "pipeline" else [loaded[0], "--config", name]
     run_dir = loaded.run_dir if isinstance(loaded, Pipeline) else loaded[1]
-    steps = [run_dir / step.name for step in loaded.steps] if isinstance(loaded, Pipeline) else [run_dir]
-    checkpoints = [step / "checkpoints" for step in steps]
+    runs = [run_dir / step.name for step in loaded.steps] if isinstance(loaded, Pipeline) else [run_dir]
+    checkpoints = [run / "checkpoints" for run in runs]
     environment = _environment(cluster, cluster.nproc)
     arguments = [command, *first, *overrides]
     return Job(run_dir.name, arguments, run_dir, checkpoints, cluster.nodes, cluster.nproc, environment, cluster.gpus)
