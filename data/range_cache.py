@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from .private_folder import make_private, require_private
 from .whole_file import PART
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,14 @@ class _Entry(NamedTuple):
 
 
 class RangeCache:
-    """Payloads by key below `folder`, together at most `limit` bytes."""
+    """Payloads by key below `folder`, together at most `limit` bytes.
 
-    def __init__(self, folder: str | Path, *, limit: int):
-        self.folder, self.limit = Path(folder), limit
+    `private` is where it lies, or a folder above, that must be this user's alone: in a place where anybody may make
+    one. It is looked at each time, as what cleans temporary folders may have made room for somebody else's.
+    """
+
+    def __init__(self, folder: str | Path, *, limit: int, private: Path | None = None):
+        self.folder, self.limit, self.private = Path(folder), limit, private
         self._warned = False
         try:
             for name in ("total", "alone"):
@@ -130,11 +135,15 @@ class RangeCache:
         return sum(entry.size for entry in self._entries())
 
     def _path(self, key: str) -> Path:
+        if self.private is not None:
+            require_private(self.private)
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return self.folder / digest[:2] / digest[2:]
 
     def _open(self, name: str) -> int:
         """Open a file of the folder itself, made where it is not there (any more)."""
+        if self.private is not None:
+            make_private(self.private)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
 

@@ -173,8 +173,11 @@ class RemoteStore:
     def __init__(self, cfg: RemoteConfig):
         patience = Patience(cfg.tries, cfg.timeout_seconds)
         self._hosts = {"http": Host("http", patience), "s3": Host("s3", patience)}
-        folder = cfg.cache_dir or os.path.join(tempfile.gettempdir(), f"seedling-{os.getuid()}", "shards")
-        self.cache = RangeCache(folder, limit=int(cfg.cache_gigabytes * 1e9))
+        limit, own = int(cfg.cache_gigabytes * 1e9), Path(tempfile.gettempdir(), f"seedling-{os.getuid()}")
+        if cfg.cache_dir:
+            self.cache = RangeCache(cfg.cache_dir, limit=limit)
+        else:
+            self.cache = RangeCache(own / "shards", limit=limit, private=own)
         self._threads = ThreadPoolExecutor(cfg.connections, thread_name_prefix="fetch")
         self._started: dict[RemotePath, dict[Range, Future]] = defaultdict(dict)
         self._files: dict[RemotePath, Future] = {}

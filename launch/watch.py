@@ -1,7 +1,8 @@
 """A job's ranks as the launcher of one machine sees them: one that fails ends the others, and all hear of a stop.
 
 What fails on another machine is seen in RUN/logs (ranks.py). What a signal ends on this one, which can say nothing, is
-noted there for the other machines. Over ssh the ranks are below launchers of their own: those only can be signalled.
+noted there for the other machines. Over ssh the ranks are below launchers of their own: they can only be signalled,
+and asked for now and then.
 """
 
 import os
@@ -17,6 +18,8 @@ from .ranks import Start, ends, ends_of, failures, note_lost, starts
 
 # Ranks that wait for a failed one are ended after this; by themselves they would find out after NCCL's ten minutes.
 GRACE_SECONDS = 10.0
+# Over ssh it is asked this often whether ranks are there. It costs an ssh for each machine; two answers make a loss.
+ROLL_CALL_SECONDS = 30.0
 
 
 class Watch:
@@ -28,6 +31,8 @@ class Watch:
         self.failed_at: float | None = None
         self.seen: set[int] = set()  # processes of this machine's ranks
         self.told: set[int | Start] = set()  # ranks that know of the last request to stop
+        self.roll_call = remote.RollCall(self.hostfile) if self.hostfile else None
+        self.called_at = time.monotonic()
 
     def stop(self, launcher: int, _: int) -> None:
         """Ask all ranks to stop."""
@@ -43,7 +48,8 @@ class Watch:
             self._signal_ranks(launcher, signal.SIGTERM, but=self.told)
         if self.failed_at is None:
             gone = {pid for pid in self.seen if _is_gone(pid)}
-            if failures(self.logs, before=self.before) or (gone and self._note_lost(asked, pids=gone)):
+            lost = gone and self._note_lost(asked, pids=gone)
+            if failures(self.logs, before=self.before) or lost or (not asked and self._note_absent(now)):
                 self.failed_at = now
         if (self.failed_at is not None or asked) and self.seen and not running:
             # All that is left of DeepSpeed's launcher is its own end, which can take long on a busy machine.
@@ -66,10 +72,22 @@ class Watch:
             note_lost(self.logs, rank, asked=asked)
         return bool(lost)
 
+    def _note_absent(self, now: float) -> bool:
+        """Note the ranks that other machines do not have any more and that have said nothing, if there are any."""
+        if self.roll_call is None or now - self.called_at < ROLL_CALL_SECONDS:
+            return False
+        self.called_at = now
+        running = [end for end in ends(self.logs, before=self.before) if end.code is None]
+        absent = self.roll_call.call(running)
+        for rank in absent:
+            note_lost(self.logs, rank, asked=False)
+        return bool(absent)
+
     def _signal_ranks(self, launcher: int, signum: int, *, but: set[int | Start] | None = None) -> None:
         """Signal the ranks, all or those not in `but`, and add these to it."""
         but = set() if but is None else but
         if self.hostfile:
+            but |= {end.start for end in failures(self.logs, before=self.before)}  # no process, or another's by now
             running = [end for end in ends(self.logs, before=self.before) if end.code is None and end.start not in but]
             remote.signal_ranks(self.hostfile, running, signum=signum)
             but.update(end.start for end in running)

@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..kernels.head_kl import Head
 from .assembled import AssembledModel
 from .audio_llm_config import AudioLLMConfig
 from .augment import SpecAugment, SpecAugmentConfig
@@ -74,6 +75,7 @@ class AudioLLMOutput(NamedTuple):
     ctc: CTCLoss | None
     logits_NV: Tensor | None
     speech: SpeechOutput
+    product: Head | None = None  # what logits are made of
 
 
 class AudioLLM(AssembledModel):
@@ -267,17 +269,20 @@ class AudioLLM(AssembledModel):
         languages: list[str | None] | None = None,
         ctc_targets: list[list[int]] | None = None,
         return_logits: bool = False,
+        return_product: bool = False,
     ) -> AudioLLMOutput:
         """Return the losses of waveforms_BN, lengths_B in samples, and token ids without start or end tokens.
 
         `languages` are tags of `prompts.languages`, which the instruction then names. `ctc_targets` (`ctc.text_bytes`
-        of each transcript) adds the loss of the CTC head.
+        of each transcript) adds the loss of the CTC head. `return_product` gives logits as the product that they are,
+        which is small, and as `logits_NV` where they are none (target_losses.py).
         """
         speech = self.encode_speech(waveforms, lengths)
         embeddings_BTL, prompt_lengths = self.embed(speech, contexts_ids, languages, transcripts_ids=transcripts_ids)
         device, end = embeddings_BTL.device, self.prompt_tokens.end
         targets = answer_targets(prompt_lengths, transcripts_ids, end=end, device=device)
-        losses = target_losses(self.llm, embeddings_BTL, targets, return_logits=return_logits)
+        asked = {"return_logits": return_logits, "return_product": return_product}
+        losses = target_losses(self.llm, embeddings_BTL, targets, **asked)
         ctc = None
         if ctc_targets is not None:
             ctc = self._ctc_loss(speech.encoder_BTD, speech.encoder_lengths_B, ctc_targets)
@@ -290,6 +295,7 @@ class AudioLLM(AssembledModel):
             ctc=ctc,
             logits_NV=losses.logits_NV,
             speech=speech,
+            product=losses.product,
         )
 
     def ctc_loss(self, waveforms_BN: Tensor, lengths_B: Tensor, targets: list[list[int]]) -> CTCLoss:

@@ -9,20 +9,22 @@ Shape letters: B utterances, N target tokens, V vocabulary, T encoder frames, D 
 import torch
 from torch import Tensor
 
+from ..kernels.head_kl import Head, head_kl, reference
 from .conformer import valid_frames
 
 
-def token_kl(teacher_NV: Tensor, student_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return kl_N, KL(teacher || student) of each target token in nats, float32, from logits of any type.
+def token_kl(teacher: Tensor | Head, student: Tensor | Head, *, temperature: float = 1.0) -> Tensor:
+    """Return kl_N, KL(teacher || student) of each target token in nats, float32, from logits_NV or what makes them.
 
-    Both are softened by `temperature` and the result multiplied by its square, so that gradients keep their size
-    (https://arxiv.org/abs/1503.02531, section 2.1).
+    Both are softened by `temperature` and the result multiplied by its square, so that gradients keep their size. Where
+    the logits of both are given as products, only a part of them is in memory at a time (kernels/head_kl).
     """
+    if isinstance(teacher, Head) and isinstance(student, Head):
+        return head_kl(teacher, student, temperature=temperature)
+    teacher_NV, student_NV = (one.logits() if isinstance(one, Head) else one for one in (teacher, student))
     if teacher_NV.shape != student_NV.shape:
         raise ValueError(f"the teacher's logits are {list(teacher_NV.shape)}, the student's {list(student_NV.shape)}")
-    teacher_NV = (teacher_NV.detach().float() / temperature).log_softmax(-1)
-    student_NV = (student_NV.float() / temperature).log_softmax(-1)
-    return temperature**2 * (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+    return reference(teacher_NV, student_NV, temperature=temperature)
 
 
 def relative_frame_error(teacher_BTD: Tensor, student_BTD: Tensor, lengths_B: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class QuantFinetune(ContextualTraining):
         """Return what the teacher says of a batch. It is no part of the model: no checkpoint or ZeRO shard holds it."""
         assert self.teacher is not None
         self.teacher = self.teacher.to(batch.waveforms_BN.device)
-        return self.hear(self.teacher, batch, prompts, ctc=False, return_logits=True)
+        return self.hear(self.teacher, batch, prompts, ctc=False, return_product=True)
 
     # ---- what learns
 
@@ -194,7 +194,7 @@ class QuantFinetune(ContextualTraining):
     def loss(self, model: AudioLLM, batch: AudioBatch) -> StepOutput:
         cfg, prompts = self.cfg, self.prompts(batch)
         distils = bool(cfg.kl_weight or cfg.encoder_weight)
-        out = self.hear(model, batch, prompts, return_logits=distils)
+        out = self.hear(model, batch, prompts, return_product=distils)
         loss_sum, metrics = self.loss_sum(out), self.metrics(out, batch, prompts)
         if distils:
             taught = out if only_shapes(model) else self._taught(batch, prompts)
@@ -212,9 +212,10 @@ class QuantFinetune(ContextualTraining):
         error.
         """
         cfg, sums = self.cfg, {}
-        assert taught.logits_NV is not None and out.logits_NV is not None
+        teacher, student = (one.logits_NV if one.product is None else one.product for one in (taught, out))
+        assert teacher is not None and student is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and cfg.kl_weight > 0):
-            sums["kl"] = token_kl(taught.logits_NV, out.logits_NV, temperature=cfg.temperature).sum()
+            sums["kl"] = token_kl(teacher, student, temperature=cfg.temperature).sum()
         theirs_BTD, ours_BTD = taught.speech.encoder_BTD, out.speech.encoder_BTD
         if theirs_BTD.shape == ours_BTD.shape:
             with torch.set_grad_enabled(torch.is_grad_enabled() and cfg.encoder_weight > 0):
@@ -228,7 +229,7 @@ class QuantFinetune(ContextualTraining):
             return {}
         found: Metrics = {}
         for prefix, prompts in self.conditions(batch).items():
-            out = self.hear(model, batch, prompts, ctc=False, return_logits=True)
+            out = self.hear(model, batch, prompts, ctc=False, return_product=True)
             sums = self._distances(self._taught(batch, prompts), out)
             found |= {f"{prefix}{name}": (distance, out.count) for name, distance in sums.items()}
         return found

@@ -16,7 +16,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--hostfile", metavar="H", help="`HOST slots=N` a line, for --on hostfile (cluster.hostfile)")
     parser.add_argument("--no_ssh", "--no-ssh", action="store_true", help="started on every machine of H by itself")
     parser.add_argument("--node_rank", "--node-rank", type=int, help="with --no_ssh: which machine this is, from 0")
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes, 3 by default")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes in a row, 3 by default")
     parser.add_argument("--dry-run", action="store_true", help="print what would run or be submitted, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of F; those of C as cluster.key=value")
     parser.set_defaults(action=launch)

@@ -21,12 +21,13 @@ from .cluster import ClusterConfig
 class Job:
     """`arguments` follow `seedling`; launchers add where the ranks run. `after` names the job that it waits for.
 
-    `run_dir` is where its logs are, and the files that launchers write.
+    `run_dir` is where its logs are, and the files that launchers write; its stages write into `checkpoints`.
     """
 
     name: str
     arguments: list[str]
     run_dir: Path
+    checkpoints: list[Path]
     nodes: int
     nproc: int
     environment: list[Variable]
@@ -49,9 +50,11 @@ def whole_job(name: str, *, overrides: Sequence[str], cluster: ClusterConfig) ->
     command = "pipeline" if isinstance(loaded, Pipeline) else "run"
     first = [name] if command == "pipeline" else [loaded[0], "--config", name]
     run_dir = loaded.run_dir if isinstance(loaded, Pipeline) else loaded[1]
+    runs = [run_dir / step.name for step in loaded.steps] if isinstance(loaded, Pipeline) else [run_dir]
+    checkpoints = [run / "checkpoints" for run in runs]
     environment = _environment(cluster, cluster.nproc)
     arguments = [command, *first, *overrides]
-    return Job(run_dir.name, arguments, run_dir, cluster.nodes, cluster.nproc, environment, cluster.gpus)
+    return Job(run_dir.name, arguments, run_dir, checkpoints, cluster.nodes, cluster.nproc, environment, cluster.gpus)
 
 
 def step_jobs(name: str, *, overrides: Sequence[str], cluster: ClusterConfig) -> list[Job]:
@@ -66,7 +69,8 @@ def step_jobs(name: str, *, overrides: Sequence[str], cluster: ClusterConfig) ->
         after = jobs[-1].name if jobs else None
         environment = _environment(cluster, nproc)
         gpus = cluster.gpus and "stage" in step.reads
-        jobs.append(Job(step.name, arguments, loaded.run_dir, nodes, nproc, environment, gpus, after))
+        checkpoints = [loaded.run_dir / step.name / "checkpoints"]
+        jobs.append(Job(step.name, arguments, loaded.run_dir, checkpoints, nodes, nproc, environment, gpus, after))
     return jobs
 
 

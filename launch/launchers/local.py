@@ -46,4 +46,5 @@ def render(job: Job, placement: Placement) -> str:
 def start(job: Job, placement: Placement, *, max_restarts: int) -> int:
     """Run it to its end and return its exit code."""
     command: Sequence[str] = command_of(job, placement)
-    return run_restarting(command, environment=environment_with(job.environment), max_restarts=max_restarts)
+    environment = environment_with(job.environment)
+    return run_restarting(command, environment=environment, max_restarts=max_restarts, checkpoints=job.checkpoints)

@@ -2,12 +2,14 @@
 
 Not after its end (0), its user's mistake (2), which it would only make again, or a stop on request (75). Each pause is
 twice the one before: what brought it down, a lost machine or a data host that does not answer, often needs a while.
+Crashes count in a row. A checkpoint of a later step than all before it ends the row: a job of weeks that loses a
+machine every other day gets on, and is neither given up nor kept waiting for it.
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from pathlib import Path
 
 from ...stages.runtime.signals import EXIT_INTERRUPTED
 from ..errors import USER_ERROR
@@ -27,14 +29,21 @@ def run_restarting(
     *,
     environment: Mapping[str, str],
     max_restarts: int,
+    checkpoints: Sequence[Path] = (),
     run: Callable[..., Ended] = run_child,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Run a command, again after each crash, `max_restarts` times at most; return its last exit code."""
-    for restart in count(1):
+    """Run a command, again after each crash; return its last exit code.
+
+    It is given up after `max_restarts` restarts without a new checkpoint in the folders `checkpoints`.
+    """
+    restart, reached = 0, newest_steps(checkpoints)
+    while True:
         ended = run(command, environment=dict(environment))
         if ended.code in (0, USER_ERROR, EXIT_INTERRUPTED) or ended.asked:
             return ended.code
+        before, reached = reached, [*map(max, reached, newest_steps(checkpoints))]
+        restart = restart + 1 if reached == before else 1
         if restart > max_restarts:
             print(
                 f"seedling: crashed with exit code {ended.code}; no restart is left of {max_restarts}", file=sys.stderr
@@ -46,4 +55,10 @@ def run_restarting(
             file=sys.stderr,
         )
         sleep(pause)
-    raise AssertionError("count() does not end")
+
+
+def newest_steps(checkpoints: Sequence[Path]) -> list[int]:
+    """Return the step of the newest checkpoint in each folder, 0 where there is none."""
+    from ...stages.runtime.checkpoint import list_checkpoints, step_of
+
+    return [max(map(step_of, list_checkpoints(folder)), default=0) for folder in checkpoints]

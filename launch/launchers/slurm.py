@@ -48,12 +48,17 @@ if [ -n "$time_is_up" ]; then
   echo "seedling: the time is up (exit code $code): requeued, to go on from the last checkpoint"
 else
   crashes=@LOGS@/slurm_$SLURM_JOB_ID.crashes
-  count=$(($(cat "$crashes" 2>/dev/null || echo 0) + 1))
+  read -r count reached 2>/dev/null <"$crashes"
+  newest=$(find @CHECKPOINTS@ -maxdepth 1 2>/dev/null | grep -Eo '/step_[0-9]+$' | tr -d /step_ | sort -n | tail -n 1)
+  newest=$((10#${newest:-0}))
+  # Crashes in a row: a checkpoint of a later step than any before the last crash begins anew.
+  if [ "$newest" -gt "${reached:-0}" ]; then count=0 reached=$newest; fi
+  count=$((${count:-0} + 1))
   if [ "$count" -gt @MAX_RESTARTS@ ]; then
     echo "seedling: exit code $code, and no restart is left of @MAX_RESTARTS@"
     exit "$code"
   fi
-  echo "$count" >"$crashes"
+  echo "$count ${reached:-0}" >"$crashes"
   pause=$((@FIRST_PAUSE@ << (count < 10 ? count - 1 : 9)))
   echo "seedling: exit code $code: requeued, restart $count of @MAX_RESTARTS@"
   sleep "$((pause < @LONGEST_PAUSE@ ? pause : @LONGEST_PAUSE@))"
@@ -87,6 +92,7 @@ def render(job: Job, cluster: ClusterConfig, *, max_restarts: int) -> str:
         "STOP_BEFORE": str(slurm.stop_before_seconds),
         "USER_ERROR": str(USER_ERROR),
         "LOGS": shlex.quote(str(job.logs)),
+        "CHECKPOINTS": shlex.join(map(str, job.checkpoints)),
         "MAX_RESTARTS": str(max_restarts),
         "FIRST_PAUSE": str(FIRST_PAUSE_SECONDS),
         "LONGEST_PAUSE": str(LONGEST_PAUSE_SECONDS),

@@ -102,7 +102,7 @@ def load_recogniser(acllm: Artifact, cfg: DecodingConfig, world: World) -> tuple
     acllm.require(acllm_facts(model), wanted_by="what was loaded from it")
     if cfg.tell_language and not model.processor.prompts.languages:
         raise ValueError(f"tell_language: {acllm.path} was trained without prompts.languages; leave it out")
-    unpack_recogniser(model, gb=cfg.unpack_gb, processes=world.size)
+    unpack_recogniser(model, gb=cfg.unpack_gb, processes=world.ranks_here())
     model.record_steps()
     return model, replace(model.decode_config, **given_values(cfg.decode))
 

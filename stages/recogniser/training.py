@@ -183,7 +183,7 @@ class RecogniserTraining:
         return StepOutput(self.loss_sum(out), self.metrics(out, batch, prompts))
 
     def hear(
-        self, model: nn.Module, batch: AudioBatch, prompts: Prompts, *, ctc: bool = True, return_logits: bool = False
+        self, model: nn.Module, batch: AudioBatch, prompts: Prompts, *, ctc: bool = True, return_product: bool = False
     ) -> AudioLLMOutput:
         """Run the model on a batch and its transcripts; `ctc`: with the CTC head's loss where that has a weight."""
         return model(
@@ -193,7 +193,7 @@ class RecogniserTraining:
             prompts.contexts_ids,
             languages=prompts.languages,
             ctc_targets=[text_bytes(text) for text in batch.texts] if ctc and self.cfg.ctc_weight else None,
-            return_logits=return_logits,
+            return_product=return_product,
         )
 
     def loss_sum(self, out: AudioLLMOutput) -> Tensor:

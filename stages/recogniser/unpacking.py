@@ -22,9 +22,9 @@ def require_unpack_gb(gb: float | None) -> None:
 def unpack_recogniser(model: AudioLLM, *, gb: float | None, processes: int = 1) -> None:
     """Let dense weights take `gb` (1e9 bytes) beside the packed ones, in place: the LLM's before the encoder's.
 
-    The LLM runs once a token, the rest once an utterance. None: on a CPU half of the memory that is free, shared by
-    `processes`; on a GPU, whose kernels read codes, nothing. A model without packed weights is left as it is, with a
-    ValueError where `gb` is given for it.
+    The LLM runs once a token, the rest once an utterance. None: on a CPU half of the memory that is free, shared by the
+    `processes` of this machine; on a GPU, whose kernels read codes, nothing. A model without packed weights is left as
+    it is, with a ValueError where `gb` is given for it.
     """
     require_unpack_gb(gb)
     parts = [model.llm, model.encoder, model.converter, *([] if model.ctc_head is None else [model.ctc_head])]

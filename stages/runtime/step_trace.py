@@ -112,8 +112,10 @@ class OperationCounter(TorchDispatchMode):
 def _which_pass() -> str:
     if torch._C._current_graph_task_id() == -1:
         return "forward"
-    # A backward pass has no gradients of its own; what it runs with gradients is recomputed.
-    return "recomputed" if torch.is_grad_enabled() else "backward"
+    # A backward pass takes no gradients, and leaves forward-mode ones as they are. What runs in it with gradients is
+    # recomputed, and so is a Function's forward pass (ZeRO 3 has one for every linear layer), where both are off.
+    recomputed = torch.is_grad_enabled() or not torch._C._is_fwd_grad_enabled()
+    return "recomputed" if recomputed else "backward"
 
 
 def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision: str) -> StepTrace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -64,6 +65,11 @@ class World:
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.control)
         return gathered
+
+    def ranks_here(self) -> int:
+        """Return how many ranks share this one's machine, itself among them; every rank must ask."""
+        here = socket.gethostname()
+        return self.gather(here).count(here)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -138,21 +138,39 @@ def test_a_rank_that_is_killed_on_one_machine_is_a_crash_on_both(launch, tmp_pat
         assert "rank 3" in last and "ended without a word" in last, said(tmp_path)
 
 
-def test_over_ssh_one_command_starts_and_stops_both_machines(job, nodes, tmp_path):
+@pytest.fixture
+def by_ssh(job, nodes, tmp_path):
+    """A function that starts a config on both machines by one command, and waits until their ranks sleep."""
     reason = two_nodes.ssh_missing()
     if reason:
         pytest.skip(reason)
-    text = 'it\'s $(a) "b" [c]'
-    config = {"stage": "toy_stages:Count", "run_dir": "runs/count", "fail": "stop", "sleep_seconds": 600, "text": text}
-    (tmp_path / "count.yaml").write_text(json.dumps(config))
     (tmp_path / "ssh").mkdir()
     with two_nodes.reachable_by_ssh(nodes, tmp_path / "ssh") as variables:
-        launcher = job(0, "count.yaml", **variables)
-        deadline = time.monotonic() + PATIENCE
-        while len(list(tmp_path.glob("runs/count/ready*"))) < 4:
-            assert time.monotonic() < deadline and launcher.poll() is None, said(tmp_path)
-            time.sleep(0.2)
-        launcher.send_signal(signal.SIGTERM)
-        assert ends([launcher], tmp_path) == [75], said(tmp_path)
+
+        def start(**settings) -> subprocess.Popen:
+            config = {"stage": "toy_stages:Count", "run_dir": "runs/count", "fail": "stop", **settings}
+            (tmp_path / "count.yaml").write_text(json.dumps(config))
+            launcher = job(0, "count.yaml", **variables)
+            deadline = time.monotonic() + PATIENCE
+            while len(list(tmp_path.glob("runs/count/ready*"))) < 4:
+                assert time.monotonic() < deadline and launcher.poll() is None, said(tmp_path)
+                time.sleep(0.2)
+            return launcher
+
+        yield start
+
+
+def test_over_ssh_a_rank_that_is_killed_ends_the_job(by_ssh, tmp_path):
+    launcher = by_ssh(sleep_seconds=3600)
+    os.kill(json.loads((tmp_path / "runs/count/logs/rank_0003.json").read_text())["pid"], signal.SIGKILL)
+    assert not {0, 2, 75} & {*ends([launcher], tmp_path)}, said(tmp_path)
+    assert "ended without a word" in (tmp_path / "node0.log").read_text(), said(tmp_path)
+
+
+def test_over_ssh_one_command_starts_and_stops_both_machines(by_ssh, tmp_path):
+    text = 'it\'s $(a) "b" [c]'
+    launcher = by_ssh(sleep_seconds=600, text=text)
+    launcher.send_signal(signal.SIGTERM)
+    assert ends([launcher], tmp_path) == [75], said(tmp_path)
     assert len(list(tmp_path.glob("runs/count/stopped*"))) == 4
     assert yaml.safe_load((tmp_path / "runs/count/config.yaml").read_text())["text"] == text

@@ -103,6 +103,37 @@ def test_over_ssh_too_a_request_that_comes_before_the_ranks_reaches_each_of_them
             assert asked() == ["a", "a", "b", "b"]
 
 
+def test_over_ssh_a_rank_that_a_signal_ends_is_noted_and_the_others_are_ended(tmp_path, monkeypatch):
+    """Machines are this one. What is left of a lost rank, its number, may be another's process: it is not signalled."""
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("a slots=1\nb slots=1\n")
+    Path("ssh").write_text('#!/bin/sh\nfor command; do :; done\necho "$command" >>calls\nexec sh -c "$command"\n')
+    Path("ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("seedling.launch.watch.ROLL_CALL_SECONDS", 0.5)
+    monkeypatch.setattr("seedling.launch.watch.GRACE_SECONDS", 0.5)
+    watch, logs = Watch(Placement(hostfile="hosts"), Path("logs")), Path("logs")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank)]) for rank in (0, 1)]
+    try:
+        wait_until(lambda: Path("ready0").exists() and Path("ready1").exists())
+        ranks[1].kill()
+        ranks[1].wait()
+
+        def ended() -> bool:
+            watch.look(0, False)
+            return ranks[0].poll() is not None
+
+        wait_until(ended)
+        assert ranks[0].returncode == -signal.SIGKILL
+        (lost,) = failures(logs, before=watch.before)
+        assert lost.rank == 1 and lost.code is None and "ended without a word" in lost.error
+        assert f"kill -KILL {ranks[1].pid}" not in Path("calls").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 @pytest.mark.parametrize("launcher_ends_first", [False, True])
 def test_a_rank_that_a_signal_ends_is_known_to_the_other_machine(launcher, launcher_ends_first):
     logs = Path("logs")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
+from seedling.kernels.head_kl import Head
 from seedling.model.distillation import relative_frame_error, token_kl
 
 
@@ -38,6 +39,14 @@ def test_the_student_is_pulled_towards_the_teacher_and_the_teacher_nowhere(logit
     wanted = 2 * ((student / 2).softmax(-1) - (teacher / 2).softmax(-1))  # T (q - p)
     torch.testing.assert_close(student.grad, wanted.detach(), atol=1e-6, rtol=1e-4)
     assert torch.equal(token_kl(teacher, teacher), torch.zeros(7))
+
+
+def test_logits_and_what_makes_them_diverge_alike(logits):
+    teacher, student = logits
+    heads = [Head(logits_NV, torch.eye(11), None) for logits_NV in logits]
+    wanted = token_kl(teacher, student, temperature=2.0)
+    for given in (heads, (heads[0], student), (teacher, heads[1])):
+        torch.testing.assert_close(token_kl(*given, temperature=2.0), wanted)
 
 
 def test_a_frame_error_is_relative_and_padding_has_no_part_in_it():

@@ -61,6 +61,16 @@ def test_a_plain_head_is_not_called_unless_logits_are_asked_for(family, tiny_llm
     assert llm.get_output_embeddings() in calls and logits_NV.shape == (5, 300)
 
 
+@pytest.mark.parametrize("family", PLAIN + AFTER_HEAD)
+def test_logits_are_given_as_the_product_that_they_are_or_as_they_are(family, tiny_llm):
+    llm = tiny_llm(family)
+    wanted_NV = target_losses(llm, embeddings(llm), TARGETS, return_logits=True).logits_NV
+    losses = target_losses(llm, embeddings(llm), TARGETS, return_product=True)
+    assert (losses.logits_NV is None) == (family in PLAIN) == (losses.product is not None)
+    found_NV = losses.logits_NV if losses.product is None else losses.product.logits()
+    torch.testing.assert_close(found_NV, wanted_NV)
+
+
 def test_a_hook_on_the_head_runs(tiny_llm):
     llm, seen = tiny_llm(), []
     head = llm.get_output_embeddings()

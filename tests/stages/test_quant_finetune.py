@@ -3,17 +3,22 @@ what rounding has cost, and what does not fit together is one line."""
 
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
 import torch
+from packed_layers import make_recogniser, pack_all
 from tiny_packed import make_packed
 
 from seedling import load
+from seedling.kernels.head_kl import head_kl
 from seedling.launch.cli import main
 from seedling.launch.stage_lookup import load_stage_config
+from seedling.model import distillation
 from seedling.model.audio_llm import AudioLLM
-from seedling.quant.packed_model import codes_hash, packed_modules
+from seedling.quant.packed_model import codes_hash, packed_modules, tune
 from seedling.stages.quant_finetune import QuantFinetune
 from seedling.stages.runtime.artifacts import lineage, load_artifact
 from seedling.stages.runtime.trainer import Trainer
@@ -149,12 +154,41 @@ def test_the_loss_is_the_sum_of_its_parts(trainer):
     assert parts["encoder_error"] == pytest.approx(error, rel=1e-4)
 
 
+def test_by_chunks_the_divergence_and_its_gradients_are_those_of_all_logits(monkeypatch):
+    """Of a recogniser with random weights and its packed form: one hears three tokens' logits at a time."""
+    teacher, student = make_recogniser("llama"), make_recogniser("llama")
+    pack_all(student)
+    tune(student)
+    stage = QuantFinetune()
+    stage.cfg = SimpleNamespace(kl_weight=0.5, encoder_weight=0.0, temperature=2.0)
+    draws = torch.Generator().manual_seed(0)
+    heard = 0.1 * torch.randn(2, 16000, generator=draws), torch.tensor([16000, 11000]), [[5, 9, 7, 6, 5], [8, 2]]
+    leaves = [p for name, p in student.named_parameters() if name.startswith("llm.model.layers") and p.requires_grad]
+
+    def distances(**asked) -> list[torch.Tensor]:
+        with torch.no_grad():
+            taught = teacher(*heard, **asked)
+        kl = stage._distances(taught, student(*heard, **asked))["kl"]
+        return [kl.detach(), *torch.autograd.grad(kl, leaves, allow_unused=True)]
+
+    wanted = distances(return_logits=True)
+    calls = []
+    chunked = partial(head_kl, impl="chunked", chunk_logits=3 * 60)
+    monkeypatch.setattr(distillation, "head_kl", lambda *given, **how: calls.append(given) or chunked(*given, **how))
+    found = distances(return_product=True)
+    assert len(calls) == 1 and float(wanted[0]) > 0.01
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kl_weight", "encoder_weight"), [(0.5, 0.0), (0.0, 2.0), (0.5, 2.0)])
 def test_a_distance_without_weight_is_measured_and_sends_no_gradient(trainer, kl_weight, encoder_weight):
     trained = trainer(f"kl_weight={kl_weight}", f"encoder_weight={encoder_weight}")
     stage, batch = trained.stage, batches(trained)[0]
     prompts = stage.prompts(batch)
-    out = stage.hear(trained.engine.model, batch, prompts, return_logits=True)
+    out = stage.hear(trained.engine.model, batch, prompts, return_product=True)
     sums = stage._distances(stage._taught(batch, prompts), out)
     assert {name: one.requires_grad for name, one in sums.items()} == {
         "kl": kl_weight > 0,

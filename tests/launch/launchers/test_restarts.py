@@ -28,6 +28,22 @@ def test_what_a_restart_would_not_help_is_the_end(end):
     assert restarted([end, Ended(0, False)], max_restarts=5) == (end.code, [], 1)
 
 
+def test_a_new_checkpoint_ends_a_row_of_crashes(tmp_path):
+    """Each start goes on from the last checkpoint and crashes at some step, having written one every tenth."""
+    crashes, pauses = iter([15, 17, 19, 25, 24, 21, 29, 24]), []
+    folders = [tmp_path / "done/checkpoints", tmp_path / "running/checkpoints"]
+    (folders[0] / "step_001000").mkdir(parents=True)
+
+    def run(_: list[str], *, environment: dict[str, str]) -> Ended:
+        for step in range(10, next(crashes), 10):
+            (folders[1] / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
+        (folders[1] / ".step_000030.partial").mkdir(exist_ok=True)  # what a crash leaves of the next one
+        return Ended(1, False)
+
+    code = run_restarting(["x"], environment={}, max_restarts=3, checkpoints=folders, run=run, sleep=pauses.append)
+    assert (code, pauses) == (1, [15, 30, 60, 15, 30, 60]) and len(list(crashes)) == 1
+
+
 def test_pauses_grow_to_a_limit_and_the_first_one_lets_other_machines_notice():
     pauses = [pause_before(restart) for restart in range(1, 20)]
     assert pauses == sorted(pauses) and pauses[-1] == LONGEST_PAUSE_SECONDS

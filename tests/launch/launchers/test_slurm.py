@@ -141,6 +141,18 @@ def test_a_crash_is_requeued_later_each_time_until_none_is_left(jobs, folder):
     assert lines("sleep.calls") == ["15", "30"]
 
 
+def test_a_new_checkpoint_ends_a_row_of_crashes(jobs, folder):
+    job = jobs["spread"]
+    assert job.checkpoints == [Path("runs/toy/spread/checkpoints")]
+    for steps in ([], [], ["0000000", "000900"], ["000900", "1000000"], ["1000000"], [".step_2000000.partial"]):
+        shutil.rmtree(job.checkpoints[0], ignore_errors=True)
+        for step in steps:
+            (job.checkpoints[0] / (step if step.startswith(".") else f"step_{step}")).mkdir(parents=True)
+        assert run(job, folder, SRUN_CODE="1").returncode == 1
+    assert "no restart is left" in run(job, folder, SRUN_CODE="1").stdout
+    assert lines("sleep.calls") == ["15", "30", "15", "15", "30"]
+
+
 def test_jobs_are_submitted_to_wait_for_one_another(jobs, folder, monkeypatch):
     (folder / "bin").mkdir()
     sbatch = folder / "bin/sbatch"

@@ -1,9 +1,12 @@
 """A packed recogniser says what its dequantised twin says, whatever part of it is kept dense."""
 
 import logging
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from packed_layers import make_recogniser, pack_all
@@ -85,6 +88,19 @@ def test_stages_that_decode_take_the_setting(artifact):
         cfg = EvaluateConfig(stage="evaluate", run_dir="somewhere", data="somewhere", unpack_gb=gb)
         model, decode = load_recogniser(load_artifact(artifact), cfg, world)
         assert bool(unpacked(model)) == wanted and decode == DecodeConfig(**model.config.decode)
+
+
+@pytest.mark.parametrize(("here", "elsewhere"), [(1, 0), (1, 7), (3, 7)])
+def test_free_memory_is_shared_by_the_ranks_of_one_machine(artifact, monkeypatch, here, elsewhere):
+    hosts = [socket.gethostname()] * here + [f"node{number}" for number in range(elsewhere)]
+    monkeypatch.setattr(World, "gather", lambda self, value: hosts)
+    packed = packed_modules(AudioLLM.from_pretrained(artifact)).values()
+    every = 4 * sum(module.in_features * module.out_features for module in packed)  # bytes of all weights
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * every))
+    cfg = EvaluateConfig(stage="evaluate", run_dir="somewhere", data="somewhere")
+    model, _ = load_recogniser(load_artifact(artifact), cfg, World(0, len(hosts), torch.device("cpu")))
+    dense = sum(module.dense_NK.nbytes for module in model.modules() if isinstance(module, UnpackedLinear))
+    assert 0.9 * every / here < dense <= every / here
 
 
 def test_what_is_kept_dense_is_logged(artifact, caplog):

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seedling.stages.runtime.allocations import Allocations
 from seedling.stages.runtime.stage import StepOutput
-from seedling.stages.runtime.step_trace import trace_step
+from seedling.stages.runtime.step_trace import OperationCounter, trace_step
+from seedling.stages.runtime.world import import_deepspeed
 
 B, D, H = 50, 64, 256
 
@@ -62,13 +63,30 @@ def test_a_frozen_layer_has_no_gradient_of_its_weights():
     assert below.flops.backward == 2 * B * H * D
 
 
-def test_what_is_recomputed_counts_apart_and_is_not_kept(monkeypatch):
-    # DeepSpeed's ZeRO 3 leaves its own in this place for good, a Function, in whose forward pass gradients are off.
-    monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
+@pytest.fixture(params=["torch", "ZeRO 3"])
+def linear(request, monkeypatch):
+    """What multiplies. Once ZeRO 3 was used, a Function of DeepSpeed's stays in the place of torch's own for good."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    product = {"torch": torch._C._nn.linear, "ZeRO 3": zero3_linear_wrap}[request.param]
+    monkeypatch.setattr(nn.functional, "linear", product)
+
+
+def test_what_is_recomputed_counts_apart_and_is_not_kept(linear):
     plain, again = trace(TwoLayers()), trace(TwoLayers(recompute=True))
-    assert again.flops.model == plain.flops.model
+    assert again.flops.forward == plain.flops.forward == 2 * B * (D * H + H * D)
+    assert again.flops.backward == plain.flops.backward == 2 * B * (D * H + 2 * H * D)
     assert again.flops.recomputed == 2 * B * D * H
     assert again.saved < plain.saved
+
+
+def test_a_step_with_values_counts_the_same(linear):
+    """The counter of a run, in which a backward pass may have a thread of its own, against that of the plan."""
+    stage = TwoLayers(recompute=True)
+    with OperationCounter() as counter:
+        stage.loss(stage.build(), Rows(torch.randn(B, D))).loss_sum.backward()
+    assert counter.flops == trace(stage).flops
 
 
 def test_every_gradient_is_noted_once_when_it_is_whole():
