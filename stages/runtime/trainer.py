@@ -239,7 +239,7 @@ class Trainer:
                 raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
             best = self.state.best if self.state.best.get("metric") == name else None
             if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
-                self.state.best = {"metric": name, "value": values[name], "step": self.state.step}
+                self.state.best = {"metric": name, "value": values[name], "step": self.state.step, "all": values}
                 self.save()
 
     def measure(self) -> dict[str, float]:
@@ -252,10 +252,7 @@ class Trainer:
         return values
 
     def return_to_best(self) -> int:
-        """Load the weights of the best evaluation again, and evaluate them: the artifact's metrics are theirs.
-
-        Return after which step the weights are.
-        """
+        """Load the weights of the best evaluation again, whose metrics the artifact then has; return their step."""
         best = self.state.best
         if not self.train.keep_best or best["step"] == self.state.step:
             return self.state.step
@@ -270,7 +267,7 @@ class Trainer:
         self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
         self.save_once()  # a stop from here on must not need what is now replaced
         self.load_weights(checkpoint, load_state(checkpoint))
-        self.measure()  # which step was the best stays said: sums in another order may give another last digit
+        self.latest_metrics = best["all"]
         return best["step"]
 
     def resume(self) -> None:
