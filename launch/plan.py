@@ -18,6 +18,7 @@ from ..data.plan import PlanSummary
 from ..stages.runtime.artifacts import load_inputs
 from ..stages.runtime.gpus import GPU
 from ..stages.runtime.parameters import GroupRow, freeze_others, parameter_table
+from ..stages.runtime.seeds import seed_forward
 from ..stages.runtime.stage import LATE
 from ..stages.runtime.step_trace import StepTrace, trace_step
 from ..stages.runtime.train_config import ZERO_STAGES, TrainConfig
@@ -80,7 +81,9 @@ def plan_run(stage: Any, cfg: Any) -> RunPlan:
     planned = stage.batches(cfg, "train")
     epoch = planned.plan.summary(0)
     batch = planned.dataset[epoch.largest._replace(index=LATE)]
-    trace = trace_step(stage, model, batch, precision=cfg.train.precision)
+    with torch.random.fork_rng():
+        seed_forward(cfg.seed, batch.index)  # what a loss draws is the same each time
+        trace = trace_step(stage, model, batch, precision=cfg.train.precision)
     return RunPlan(
         stage=stage,
         cfg=cfg,

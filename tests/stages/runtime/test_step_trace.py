@@ -98,9 +98,27 @@ def test_every_gradient_is_noted_once_when_it_is_whole():
     )  # the first layer comes last
 
 
+class Tied:
+    """A stage whose first and last layer are one matrix, as a language model's embeddings and head."""
+
+    def build(self) -> nn.Module:
+        first, last = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        last.weight = first.weight
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D), nn.ReLU(), last)
+
+    def loss(self, model: nn.Module, batch: Rows) -> StepOutput:
+        return StepOutput(model(batch.x_BD).square().sum())
+
+
+def test_a_tied_matrix_has_one_gradient_that_is_whole_at_the_end():
+    segments = [segment.gradient for segment in trace(Tied()).segments if segment.gradient]
+    assert segments[-1] == D * D
+    assert sum(segments) == D * D + 2 * D * H + D + H
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-def test_shapes_alone_give_the_memory_of_real_weights(precision):
-    stage = TwoLayers()
+@pytest.mark.parametrize("stage", [TwoLayers(), Tied()], ids=["two layers", "tied"])
+def test_shapes_alone_give_the_memory_of_real_weights(stage, precision):
     found = trace(stage, precision=precision)
     model, batch = stage.build(), Rows(torch.randn(B, D))
     if precision == "bf16":
