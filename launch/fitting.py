@@ -76,7 +76,7 @@ class Fitting:
         nothing = trace._replace(
             saved=0, forward_peak=0, batch=0, segments=[s._replace(peak=0) for s in trace.segments]
         )
-        least = self.run._replace(trace=nothing, generation=0)
+        least = self.run._replace(trace=nothing, trace_3=nothing, generation=0)
         return any(self._fits(least, zero_stage, ranks) for zero_stage in allowed_stages(least))
 
     def _halved(self, changes: Changes) -> Changes:

@@ -18,6 +18,7 @@ from ..data.plan import PlanSummary
 from ..stages.runtime.artifacts import load_inputs
 from ..stages.runtime.gpus import GPU
 from ..stages.runtime.parameters import GroupRow, freeze_others, parameter_table
+from ..stages.runtime.seeds import seed_forward
 from ..stages.runtime.stage import LATE
 from ..stages.runtime.step_trace import StepTrace, trace_step
 from ..stages.runtime.train_config import ZERO_STAGES, TrainConfig
@@ -34,6 +35,7 @@ class RunPlan(NamedTuple):
     groups: list[GroupRow]
     sizes: Sizes
     trace: StepTrace  # of the largest micro-batch
+    trace_3: StepTrace  # the same under ZeRO 3, whose linear layers are others
     generation: int  # bytes of keys and values while hypotheses are made, 0 where none are
     largest: str  # what is in that micro-batch, in words
     targets: int  # what its loss is normalised by
@@ -80,13 +82,19 @@ def plan_run(stage: Any, cfg: Any) -> RunPlan:
     planned = stage.batches(cfg, "train")
     epoch = planned.plan.summary(0)
     batch = planned.dataset[epoch.largest._replace(index=LATE)]
-    trace = trace_step(stage, model, batch, precision=cfg.train.precision)
+
+    def traced(*, zero_3: bool) -> StepTrace:
+        with torch.random.fork_rng():
+            seed_forward(cfg.seed, batch.index)  # what a loss draws is the same each time
+            return trace_step(stage, model, batch, precision=cfg.train.precision, zero_3=zero_3)
+
     return RunPlan(
         stage=stage,
         cfg=cfg,
         groups=groups,
         sizes=sizes,
-        trace=trace,
+        trace=traced(zero_3=False),
+        trace_3=traced(zero_3=True),
         generation=generation_bytes(stage, model, cfg, batch),
         largest=batch.amount,
         targets=stage.count(batch),
@@ -110,8 +118,9 @@ def setting(run: RunPlan, *, zero_stage: int, ranks: int, gloo: bool = False) ->
     """Return what a rank needs under a ZeRO stage, the rest of the config as it is; `gloo`: on CPUs."""
     train = replace(run.train, zero_stage=zero_stage)
     accumulation = -(-train.micro_batches // ranks)
+    trace = run.trace_3 if train.effective_zero_stage == 3 else run.trace
     memory = rank_memory(
-        run.sizes, run.trace, train, ranks=ranks, accumulation=accumulation, generation=run.generation, gloo=gloo
+        run.sizes, trace, train, ranks=ranks, accumulation=accumulation, generation=run.generation, gloo=gloo
     )
     return Setting(
         train.effective_zero_stage,

@@ -128,9 +128,18 @@ def give_shapes(stage: TrainingStage, model: nn.Module) -> None:
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        _fill(model)
         if (another := another_model(stage)) is not None:
-            another.to_empty(device="cpu")
+            _fill(another)
+
+
+def _fill(model: nn.Module) -> None:
+    """`to_empty` makes two parameters of one that has two places, as the matrix of a tied head: leave it one."""
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    model.to_empty(device="cpu")
+    filled: dict[int, nn.Parameter | None] = {}
+    for module, name, before in places:
+        module._parameters[name] = filled.setdefault(id(before), module._parameters[name])
 
 
 def validation_sets(stage: TrainingStage, cfg: Any) -> dict[str, PlannedBatches]:

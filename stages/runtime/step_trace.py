@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from .allocations import Allocations
 from .engine import StageLoss
 from .stage import TrainingStage, another_model, give_shapes
+from .zero_3_linear import linear_layers
 
 aten = torch.ops.aten
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -118,21 +119,25 @@ def _which_pass() -> str:
     return "recomputed" if recomputed else "backward"
 
 
-def trace_step(stage: TrainingStage, model: nn.Module, batch: Any, *, precision: str) -> StepTrace:
-    """Run forward and backward of `batch` through a model that was built on the meta device.
+def trace_step(
+    stage: TrainingStage, model: nn.Module, batch: Any, *, precision: str, zero_3: bool = False
+) -> StepTrace:
+    """Run forward and backward of `batch` through a model that was built on the meta device, or was traced before.
 
-    `requires_grad` must be set as in training. Raises ValueError where an operation needs values that nobody has.
+    `zero_3`: with the linear layers of that stage. `requires_grad` must be set as in training. Raises ValueError where
+    an operation needs values that nobody has.
     """
     module = StageLoss(stage, model, bf16=precision != "fp32").train()
-    if precision == "bf16":
-        module.bfloat16()  # as DeepSpeed does, frozen ones too
-    give_shapes(stage, module)
+    if any(parameter.is_meta for parameter in module.parameters()):  # not traced before
+        if precision == "bf16":
+            module.bfloat16()  # as DeepSpeed does, frozen ones too
+        give_shapes(stage, module)
     counter, segments = OperationCounter(), []
     tensors = batch_tensors(batch)
     models = [each for each in (module, another_model(stage)) if each is not None]
     known = [tensor for each in models for tensor in (*each.parameters(), *each.buffers())]
     with Allocations([*known, *tensors]) as memory:
-        with counter, _gradients_leave(module, memory, segments):
+        with counter, linear_layers(zero_3=zero_3), _gradients_leave(module, memory, segments):
             try:
                 loss = module(batch, torch.device("cpu"))
                 saved, forward_peak = memory.live, memory.restart_peak()

@@ -14,7 +14,9 @@ top at a time (peaks, not sums):
     * from the second micro-batch of a step on
 
 Parameters that ZeRO-3 has gathered stay while they are used again soon (`max_reuse_distance`, forward and backward
-together), so a model below half of it is whole on every rank in the middle of a step. The moments are AdamW's; Muon
+together), so a model below half of it is whole on every rank in the middle of a step, frozen parameters too. Those of
+at most `param_persistence_threshold` elements are whole all the time, beside their parts. Not counted: the message out
+of which gathered parameters were copied, which stays until the last of them is used. The moments are AdamW's; Muon
 keeps one for a matrix. Before training starts DeepSpeed has the whole model on each rank, under ZeRO-3 too; for export
 and for generation workers the weights are gathered one at a time into the CPU's memory (engine.py). A second model that
 a stage holds (`another`) counts among the weights.
@@ -47,7 +49,7 @@ class Sizes(NamedTuple):
     frozen: int
     largest_group: int  # of the optimizer's groups: ZeRO 1 and 2 step one at a time
     largest: int  # parameter
-    persistent: int  # in parameters so small that ZeRO-3 does not cut them up
+    persistent: int  # in parameters so small that ZeRO-3 keeps them whole beside their parts
     muon: int  # in matrices that Muon steps, which has one moment
     workspace: int  # bytes of the optimizer's step itself
     buffers: int  # bytes
@@ -85,7 +87,7 @@ def model_sizes(stage: TrainingStage, model: nn.Module, cfg: TrainConfig) -> Siz
         frozen=sum(numels) - trainable,
         largest_group=max(count for _, count in of_groups),
         largest=max(numels),
-        persistent=sum(numel for numel in numels if numel < threshold),
+        persistent=sum(numel for numel in numels if numel <= threshold),
         muon=sum(count for is_muon, count in of_groups if is_muon),
         workspace=max((_muon_workspace(g["params"]) for g in optimizer.param_groups if g.get("muon")), default=0),
         buffers=_bytes(model.buffers()),
@@ -158,8 +160,8 @@ class _Held:
         self.moments = FP32 * (2 * N - sizes.muon) * self.share // N
         self.masters = FP32 * self.share if self.stage else 0
         everything = N + sizes.frozen
-        cut = everything - sizes.persistent
-        self.weights = self.width * (-(-cut // ranks) + sizes.persistent if self.stage == 3 else everything)
+        whole = sizes.persistent if ranks > 1 else 0
+        self.weights = self.width * (-(-everything // ranks) + whole if self.stage == 3 else everything)
         self.weights += sizes.another
         self.whole = self.width * everything
         # What stays from one micro-batch to the next.

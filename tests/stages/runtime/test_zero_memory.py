@@ -27,9 +27,14 @@ class Rows:
 class Stack:
     """Five square layers, one of them frozen; few rows, so that the model is nearly all there is in memory."""
 
+    def __init__(self, *, tied: bool = False):
+        self.tied = tied
+
     def build(self) -> nn.Module:
         model = nn.Module()
         model.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(5))
+        if self.tied:
+            model.layers[4].weight = model.layers[0].weight
         return model
 
     def trainable(self, name: str) -> str | None:
@@ -54,8 +59,8 @@ def config(zero_stage: int, precision: str, *, optimizer: str = "adamw", accumul
     )
 
 
-def planned(cfg: TrainConfig, *, ranks: int = 1):
-    stage = Stack()
+def planned(cfg: TrainConfig, *, ranks: int = 1, tied: bool = False):
+    stage = Stack(tied=tied)
     with torch.device("meta"):
         model = stage.build()
     sizes = model_sizes(stage, model, cfg)
@@ -76,14 +81,20 @@ def test_the_planned_peak_is_that_of_deepspeeds_tensors(zero_stage, precision, a
     assert memory.total == pytest.approx(measured, rel=0.05), f"{memory}, measured {measured:,}"
 
 
+@pytest.mark.parametrize("zero_stage, precision", [(0, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_a_matrix_in_two_places_has_one_gradient(zero_stage, precision):
+    cfg = config(zero_stage, precision)
+    assert planned(cfg, tied=True).total == pytest.approx(peak_of_real_steps(cfg, tied=True), rel=0.05)
+
+
 def test_muons_step_is_planned_with_its_workspace():
     cfg = config(0, "fp32", optimizer="muon")
     assert planned(cfg).total == pytest.approx(peak_of_real_steps(cfg), rel=0.05)
 
 
-def peak_of_real_steps(cfg: TrainConfig) -> int:
+def peak_of_real_steps(cfg: TrainConfig, *, tied: bool = False) -> int:
     """Return the peak of all tensors from building the model to the end of three steps."""
-    stage, world = Stack(), init_world()
+    stage, world = Stack(tied=tied), init_world()
     gc.collect()
     with Allocations() as memory:
         engine = Engine(stage, stage.build(), cfg, world=world, seed=1)
