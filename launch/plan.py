@@ -35,7 +35,7 @@ class RunPlan(NamedTuple):
     groups: list[GroupRow]
     sizes: Sizes
     trace: StepTrace  # of the largest micro-batch
-    trace_3: StepTrace  # the same under ZeRO 3, whose linear layers are others
+    trace_3: StepTrace  # the same under ZeRO 3, whose linear layers save more; as many operations
     generation: int  # bytes of keys and values while hypotheses are made, 0 where none are
     largest: str  # what is in that micro-batch, in words
     targets: int  # what its loss is normalised by
@@ -52,6 +52,9 @@ class RunPlan(NamedTuple):
     def with_train(self, **changes: Any) -> RunPlan:
         """Return the plan under other values of `train`; ValueError where the config refuses them."""
         return self._replace(cfg=replace(self.cfg, train=replace(self.train, **changes)))
+
+    def trace_under(self, zero_stage: int) -> StepTrace:
+        return self.trace_3 if zero_stage == 3 else self.trace
 
     @property
     def step_flops(self) -> float:
@@ -118,9 +121,14 @@ def setting(run: RunPlan, *, zero_stage: int, ranks: int, gloo: bool = False) ->
     """Return what a rank needs under a ZeRO stage, the rest of the config as it is; `gloo`: on CPUs."""
     train = replace(run.train, zero_stage=zero_stage)
     accumulation = -(-train.micro_batches // ranks)
-    trace = run.trace_3 if train.effective_zero_stage == 3 else run.trace
     memory = rank_memory(
-        run.sizes, trace, train, ranks=ranks, accumulation=accumulation, generation=run.generation, gloo=gloo
+        run.sizes,
+        run.trace_under(train.effective_zero_stage),
+        train,
+        ranks=ranks,
+        accumulation=accumulation,
+        generation=run.generation,
+        gloo=gloo,
     )
     return Setting(
         train.effective_zero_stage,

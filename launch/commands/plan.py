@@ -98,12 +98,13 @@ def print_work(run: Any) -> None:
         f"{run.steps / run.epoch.steps:.3g} epochs"
     )
     print(f"largest micro-batch: {run.largest}, {run.targets:,} targets")
-    flops = run.trace.flops
+    trace = run.trace_under(run.train.effective_zero_stage)
+    flops = trace.flops
     print(
         f"  operations: forward {flops.forward:.3g}, backward {flops.backward:.3g}, recomputed {flops.recomputed:.3g}; "
         f"a step {run.step_flops:.3g}, the run {run.step_flops * run.steps:.3g}"
     )
-    print(f"  activations: {run.trace.activations / GB:.3g} GB at most, {run.trace.saved / GB:.3g} GB between passes")
+    print(f"  activations: {trace.activations / GB:.3g} GB at most, {trace.saved / GB:.3g} GB between passes")
     if run.generation:
         print(f"  keys and values of its hypotheses: {run.generation / GB:.3g} GB")
 

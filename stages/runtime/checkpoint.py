@@ -40,7 +40,7 @@ class TrainState:
     bad_utterances: int = 0
     nonfinite_steps: int = 0
     owes_evaluation: bool = False  # asked to stop before the evaluation that was due
-    best: dict = field(default_factory=dict)  # best evaluation (train.keep_best): metric, its value, step, all
+    best: dict = field(default_factory=dict)  # the best evaluation so far: its step, its metrics, which of them judges
     data_fingerprint: str = ""
     frozen_digests: list[str] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of what was trained, and of buffers

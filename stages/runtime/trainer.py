@@ -237,9 +237,9 @@ class Trainer:
         if name := self.train.keep_best:
             if name not in values:
                 raise ValueError(f"train.keep_best is {name!r}; what is evaluated is {', '.join(values) or 'nothing'}")
-            best = self.state.best if self.state.best.get("metric") == name else None
-            if best is None or math.isnan(best["value"]) or values[name] < best["value"]:
-                self.state.best = {"metric": name, "value": values[name], "step": self.state.step, "all": values}
+            best = self.state.best["metrics"][name] if self.state.best.get("metric") == name else math.nan
+            if math.isnan(best) or values[name] < best:
+                self.state.best = {"metric": name, "metrics": values, "step": self.state.step}
                 self.save()
 
     def measure(self) -> dict[str, float]:
@@ -256,18 +256,19 @@ class Trainer:
         best = self.state.best
         if not self.train.keep_best or best["step"] == self.state.step:
             return self.state.step
+        what = f"{best['metric']} {best['metrics'][best['metric']]:.4g}"
         checkpoint = self.checkpoints / checkpoint_name(best["step"])
         if problem := damage_seen(checkpoint, world=self.world):
             if self.world.is_main:
                 log.warning(
-                    f"{checkpoint}: torn checkpoint ({problem}) of the best weights ({best['metric']} "
-                    f"{best['value']:.4g}); the artifact has the last ones instead, of step {self.state.step}"
+                    f"{checkpoint}: torn checkpoint ({problem}) of the best weights ({what}); the artifact has "
+                    f"the last ones instead, of step {self.state.step}"
                 )
             return self.state.step
-        self.log.say(f"{best['metric']} was lowest after step {best['step']}, {best['value']:.4g}: going back to it")
+        self.log.say(f"going back to the best weights ({what}), of step {best['step']}")
         self.save_once()  # a stop from here on must not need what is now replaced
         self.load_weights(checkpoint, load_state(checkpoint))
-        self.latest_metrics = best["all"]
+        self.latest_metrics = best["metrics"]
         return best["step"]
 
     def resume(self) -> None:

@@ -160,8 +160,8 @@ class _Held:
         self.moments = FP32 * (2 * N - sizes.muon) * self.share // N
         self.masters = FP32 * self.share if self.stage else 0
         everything = N + sizes.frozen
-        whole = sizes.persistent if ranks > 1 else 0
-        self.weights = self.width * (-(-everything // ranks) + whole if self.stage == 3 else everything)
+        persistent = sizes.persistent if ranks > 1 else 0
+        self.weights = self.width * (-(-everything // ranks) + persistent if self.stage == 3 else everything)
         self.weights += sizes.another
         self.whole = self.width * everything
         # What stays from one micro-batch to the next.
